@@ -1,0 +1,138 @@
+"""Text on disk -> packed blocks of token ids.
+
+Reads plain text and JSON lines, compressed or not. Boundary: knows tokenizers
+and files, nothing of models.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import json
+import lzma
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+SEPARATOR = "<|endoftext|>"
+_OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
+
+
+def read_documents(path: str | Path, tokenizer: Any, split: str | None = None) -> Iterator[list[int]]:
+    """Yield each document of a file as token ids, with its start and end marked.
+
+    ``.txt`` holds documents separated by ``<|endoftext|>``; ``.jsonl`` holds one
+    object a line: ``text``, or ``prompt`` and ``response``, or ``messages`` (the last
+    two go through the chat template). ``.xz`` and ``.gz`` on top are unpacked.
+    With ``split``, only JSON lines whose ``split`` field equals it are read.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: another file type, or a line without the fields above.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such text file: {path}")
+    suffixes = [s for s in path.suffixes if s not in _OPENERS]
+    kind = suffixes[-1] if suffixes else ""
+    if kind == ".txt":
+        texts, chat = _text_documents(path), False
+    elif kind == ".jsonl":
+        texts, chat = _json_documents(path, tokenizer, split), True
+    else:
+        raise ValueError(f"cannot read {path.name}: expected .txt or .jsonl, optionally with .xz or .gz")
+    for batch in _batches(texts, 256):
+        encoded = tokenizer([text for text, _ in batch], add_special_tokens=False)["input_ids"]
+        for ids, (_, framed) in zip(encoded, batch, strict=True):
+            yield ids if chat and framed else _frame(ids, tokenizer)
+
+
+def pack(documents: Iterable[list[int]], block: int, max_tokens: int | None = None) -> npt.NDArray[np.int32]:
+    """Join documents end to end and cut them into blocks: int32 [N, block].
+
+    Stops once ``max_tokens`` tokens are packed; a last, partial block is dropped.
+    """
+    blocks: list[npt.NDArray[np.int32]] = []
+    wanted = None if max_tokens is None else max(1, max_tokens // block)
+    buffer: list[int] = []
+    for ids in documents:
+        buffer.extend(ids)
+        while len(buffer) >= block:
+            blocks.append(np.asarray(buffer[:block], dtype=np.int32))
+            buffer = buffer[block:]
+            if wanted is not None and len(blocks) >= wanted:
+                return np.stack(blocks)
+    if not blocks:
+        raise ValueError(f"the text holds fewer than {block} tokens: give more text or a shorter block")
+    return np.stack(blocks)
+
+
+class Blocks(Dataset[dict[str, torch.Tensor]]):
+    """Packed blocks as a training set: every token is also a label."""
+
+    def __init__(self, blocks: npt.NDArray[np.int32]) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(self.blocks[index].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+def _open(path: Path) -> TextIO:
+    opener = _OPENERS.get(path.suffix)
+    if opener is None:
+        return path.open(encoding="utf-8")
+    return io.TextIOWrapper(opener(path, "rb"), encoding="utf-8")
+
+
+def _text_documents(path: Path) -> Iterator[tuple[str, bool]]:
+    with _open(path) as file:
+        for text in file.read().split(SEPARATOR):
+            if text.strip():
+                yield text.strip(), False
+
+
+def _json_documents(path: Path, tokenizer: Any, split: str | None) -> Iterator[tuple[str, bool]]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            row = json.loads(line)
+            if split is None or row.get("split") == split:
+                yield _render(row, tokenizer, f"{path.name}, line {number}")
+
+
+def _render(row: dict[str, Any], tokenizer: Any, where: str) -> tuple[str, bool]:
+    """The text of one JSON row, and whether the chat template has framed it."""
+    if "text" in row:
+        return row["text"], False
+    if "prompt" in row and "response" in row:
+        row = {"messages": [
+            {"role": "user", "content": row["prompt"].strip()},
+            {"role": "assistant", "content": row["response"].strip()},
+        ]}
+    if "messages" not in row:
+        raise ValueError(f"{where}: expected 'text', or 'prompt' and 'response', or 'messages'; found {sorted(row)}")
+    if not tokenizer.chat_template:
+        return "\n\n".join(message["content"] for message in row["messages"]), False
+    return tokenizer.apply_chat_template(row["messages"], tokenize=False), True
+
+
+def _frame(ids: list[int], tokenizer: Any) -> list[int]:
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*start, *ids, *end]
+
+
+def _batches(items: Iterator[tuple[str, bool]], size: int) -> Iterator[list[tuple[str, bool]]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch

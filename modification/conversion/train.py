@@ -1,0 +1,170 @@
+"""The conversion run: any-p training on transformers.Trainer, resumable, then calibration and report."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from modification.config import MoDConfig
+from modification.conversion.calibrate import fit_dial
+from modification.conversion.data import Blocks
+from modification.conversion.objectives import (
+    divergence,
+    draw_thresholds,
+    load_penalty,
+    next_token_loss,
+    row_loads,
+)
+from modification.conversion.recipes import AnyP, default_lr
+from modification.measure.quality import Quality, sweep
+from modification.model import convert
+
+CALIBRATION_BLOCKS = 64
+
+
+class AnyPTrainer(Trainer):
+    """transformers.Trainer with the any-p objective; ``load`` beside ``loss`` in its log."""
+
+    def __init__(self, recipe: AnyP, teacher: nn.Module, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.recipe, self.teacher = recipe, teacher
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        recipe, ids = self.recipe, inputs["input_ids"]
+        p = draw_thresholds(len(ids), recipe.dense_share, recipe.p_range).to(ids.device)
+        out = model(input_ids=ids, p=p, use_cache=False, output_router_scores=True, routing="masked")
+        with torch.no_grad():
+            parent = self.teacher(input_ids=ids, use_cache=False).logits
+        loads = row_loads(out.router_scores, out.routed, p)
+        parts = {
+            "cross_entropy": next_token_loss(out.logits, ids),
+            "kl": divergence(parent, out.logits),
+            "load_penalty": load_penalty(loads, p),
+        }
+        self._note({**parts, "load": loads.mean(), "load_error": (loads - (1 - p)).abs().mean()})
+        loss = recipe.ce * parts["cross_entropy"] + recipe.kl * parts["kl"] + recipe.penalty * parts["load_penalty"]
+        return (loss, out) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._count and "loss" in logs:
+            logs = {**logs, **{name: total / self._count for name, total in self._sums.items()}}
+            self._sums, self._count = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def _note(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.item()
+        self._count += 1
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with loss, load and time left, and one JSON line per log entry in ``log.jsonl``."""
+
+    def __init__(self, log: Path) -> None:
+        self.log, self.bar = log, tqdm(disable=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="convert")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "load" in logs:
+            self.bar.set_postfix(loss=f"{logs['cross_entropy']:.3f}", load=f"{logs['load']:.2f}")
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def train(
+    model: PreTrainedModel, tokenizer: Any, config: MoDConfig, recipe: AnyP,
+    blocks: npt.NDArray[np.int32], held_out: npt.NDArray[np.int32], out: Path, resume: bool = False,
+) -> list[Quality]:
+    """Convert a dense model, train it for every p, calibrate, and write it with a report to ``out``.
+
+    Checkpoints go to ``out/checkpoints`` and are removed once the model is written. Returns the sweep
+    over eleven p's on ``held_out`` [N, T].
+
+    Raises:
+        FileExistsError: ``out`` holds an unfinished run and ``resume`` is not set.
+    """
+    checkpoints = out / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if last and not resume:
+        raise FileExistsError(f"{out} holds an unfinished conversion: add --resume to go on, or remove the folder")
+    out.mkdir(parents=True, exist_ok=True)
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    torch.manual_seed(recipe.seed)
+    convert(model, config)
+    trainer = _trainer(model, teacher, recipe, blocks, out)
+    began = time.monotonic()
+    trainer.train(resume_from_checkpoint=last)
+    seconds = time.monotonic() - began
+    scale, shift = fit_dial(model, blocks[: min(len(blocks), CALIBRATION_BLOCKS)])
+    rows = sweep(model, held_out)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    report = {
+        "recipe": "any-p", **dataclasses.asdict(recipe), "mod": config.to_dict(), "seconds_this_run": round(seconds, 1),
+        "resumed": last is not None, "calibration": {"scale": scale, "shift": shift},
+        "held_out_tokens": int(held_out.size), "sweep": [dataclasses.asdict(row) for row in rows],
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return rows
+
+
+def _trainer(
+    model: PreTrainedModel, teacher: nn.Module, recipe: AnyP, blocks: npt.NDArray[np.int32], out: Path
+) -> AnyPTrainer:
+    cuda = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(out / "checkpoints"), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch,
+        use_cpu=not cuda, bf16=cuda, save_steps=max(20, min(200, recipe.steps // 10)), save_total_limit=2,
+        logging_steps=10, report_to="none", disable_tqdm=True, remove_unused_columns=False, seed=recipe.seed,
+        dataloader_drop_last=True,
+    )
+    optimizer = _optimizer(model, recipe)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, recipe))
+    trainer = AnyPTrainer(
+        recipe, teacher, model=model, args=arguments, train_dataset=Blocks(blocks), optimizers=(optimizer, schedule),
+        callbacks=[ProgressBar(out / "log.jsonl")],
+    )
+    return trainer
+
+
+def _optimizer(model: PreTrainedModel, recipe: AnyP) -> torch.optim.Optimizer:
+    routers = [p for n, p in model.named_parameters() if ".router." in n]
+    weights = [p for n, p in model.named_parameters() if ".router." not in n]
+    lr = recipe.lr or default_lr(sum(p.numel() for p in weights))
+    groups = [{"params": weights, "lr": lr}, {"params": routers, "lr": recipe.router_lr}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def _cosine(step: int, recipe: AnyP) -> float:
+    warmup = max(1, int(recipe.steps * recipe.warmup))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, recipe.steps - warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,134 @@
+"""Models from folders and the Hub: checked first, safetensors only, never remote code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from modification.architectures import FAMILIES
+from modification.config import MoDConfig
+from modification.model import PREFIX, MoDModel, convert
+
+Quantization = Literal["4bit", "8bit"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_LOCAL_PREFIXES = (".", "/", "~")
+
+
+class LoadError(ValueError):
+    """A model can't be loaded; the message is a sentence for the user."""
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    quantization: Quantization | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """A MoD model, ready to run, and its tokenizer. A dense model is converted with default settings.
+
+    Args:
+        path_or_hub_id: a folder, or ``owner/name`` on the Hub.
+        dtype: of the weights; by default what the files hold.
+        device_map: as in transformers, e.g. ``"auto"``.
+        quantization: ``"4bit"`` or ``"8bit"`` weights through bitsandbytes; routers stay in full precision.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        LoadError: no such folder, not a model, a family that isn't supported, or files that don't fit.
+    """
+    dense, tokenizer = load_dense_or_mod(
+        path_or_hub_id, dtype=dtype, device_map=device_map, quantization=quantization, revision=revision
+    )
+    return (dense if isinstance(dense, MoDModel) else convert(dense, MoDConfig())), tokenizer
+
+
+def load_dense_or_mod(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    quantization: Quantization | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """Like :func:`load`, but a dense model stays dense."""
+    source = resolve(path_or_hub_id)
+    options: dict[str, Any] = {"trust_remote_code": False, "revision": revision or "main"}
+    weights: dict[str, Any] = {"use_safetensors": True, "dtype": dtype or "auto", "device_map": device_map}
+    if quantization is not None:
+        weights["quantization_config"] = _quantization(quantization)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **options, **weights)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise LoadError(f"{path_or_hub_id} could not be loaded: {_first_line(error)}") from error
+    return model.eval(), tokenizer
+
+
+def resolve(path_or_hub_id: str | Path) -> str:
+    """A checked local folder, or a Hub id, as a string for transformers.
+
+    Raises:
+        LoadError: neither, or a folder without a usable config.
+    """
+    text = str(path_or_hub_id)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        check_folder(folder)
+        return str(folder)
+    if text.startswith(_LOCAL_PREFIXES) or not _HUB_ID.fullmatch(text):
+        raise LoadError(f"{text!r} is neither a folder here nor a Hub id of the form owner/name")
+    return text
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The parsed config of a model folder.
+
+    Raises:
+        LoadError: the folder is no model folder, or of a family that isn't supported.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise LoadError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise LoadError(f"{path} is not valid JSON: {error}") from error
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(model_type, str):
+        raise LoadError(f"{path} names no model_type")
+    if model_type.removeprefix(PREFIX) not in FAMILIES:
+        raise LoadError(f"model type {model_type!r} in {folder} is not supported: expected {', '.join(FAMILIES)}")
+    if not any(folder.glob("*.safetensors")):
+        raise LoadError(f"{folder} holds no .safetensors weights; other formats are not read")
+    if model_type.startswith(PREFIX):
+        try:
+            MoDConfig.from_dict(config.get("mod"))
+        except ValueError as error:
+            raise LoadError(f"{path}: {error}") from error
+    return config
+
+
+def _quantization(bits: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    # bitsandbytes replaces Linear layers; head and routers are compared or sampled from, so they stay as they are.
+    skip = ["router", "lm_head", "embed_out"]
+    if bits == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=skip,
+        )
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    raise LoadError(f"quantization={bits!r}: expected '4bit', '8bit' or None")
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,312 @@
+"""Dense model <-> MoD model: convert, restore, load, and the model class that carries a call's routing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from modification.architectures import FAMILIES, ConversionError, Family, entry_bytes, family_of, window_of
+from modification.cache import RaggedCache
+from modification.config import MoDConfig, check_threshold
+from modification.layer import CALL, MoDLayer, routed_class
+from modification.routing import INITIAL_BIAS, Router, RoutingCall
+
+PREFIX = "mod_"  # a converted model's type is its family's with this in front
+PATHS = ("gathered", "masked")
+Threshold = float | Sequence[float] | Tensor
+
+
+@dataclass
+class MoDCausalLMOutput(CausalLMOutputWithPast):
+    """The stock output with, per MoD layer, the gates and decisions of this call's tokens.
+
+    Attributes:
+        router_scores: g in [0, 1] per MoD layer, [B, T] float32 each; with ``output_router_scores=True``.
+        routed: whether the token ran there, [B, T] bool each; likewise.
+    """
+
+    router_scores: tuple[Tensor, ...] | None = None
+    routed: tuple[Tensor, ...] | None = None
+
+
+class MoDModel(PreTrainedModel, GenerationMixin):
+    """Mixed in before a family's causal LM; made by :func:`mod_model_class`."""
+
+    family: Family
+    config: Any
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        _install(self, self.mod_config)
+
+    @property
+    def mod_config(self) -> MoDConfig:
+        """The model's MoD settings."""
+        return MoDConfig.from_dict(self.config.mod)
+
+    @property
+    def mod_layers(self) -> tuple[int, ...]:
+        """Indices of the MoD layers."""
+        return self.mod_config.layer_indices(self.config.num_hidden_layers)
+
+    def new_cache(self) -> RaggedCache:
+        """An empty cache for this model; belongs to one generation."""
+        return RaggedCache(self.config.num_hidden_layers, self.mod_layers, entry_bytes(self.config, self.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: RaggedCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        p: Threshold | None = None,
+        routing: str | None = None,
+        output_router_scores: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MoDCausalLMOutput | tuple[Any, ...]:
+        """The stock call, routed.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, past + T], 0 at padding, on either side.
+            p: threshold for this call, a number or one per row [B]; the config's by default.
+            routing: "gathered" really skips; "masked" computes all and hides (reference, training).
+                By default masked while training, gathered otherwise.
+            output_router_scores: fill ``router_scores`` and ``routed`` of the output.
+
+        Raises:
+            ValueError: a threshold, path, mask or cache that does not fit; the message says what would.
+        """
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        if use_cache is None:
+            use_cache = bool(getattr(self.config, "use_cache", True)) and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+        check_cache(past_key_values)
+        call = self._routing_call(given, attention_mask, past_key_values, p, routing)
+        call.record = output_router_scores
+        out = super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, return_dict=True, **{CALL: call}, **kwargs,
+        )
+        if past_key_values is not None:
+            past_key_values.advance(given.shape[1])
+        result = MoDCausalLMOutput(
+            loss=out.loss, logits=out.logits, past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states, attentions=out.attentions,
+        )
+        if output_router_scores:
+            result["router_scores"] = tuple(call.scores[layer] for layer in self.mod_layers)
+            result["routed"] = tuple(call.routed[layer] for layer in self.mod_layers)
+        return result.to_tuple() if return_dict is False else result
+
+    def _routing_call(
+        self, given: Tensor, attention_mask: Any, cache: RaggedCache | None, p: Threshold | None, routing: str | None
+    ) -> RoutingCall:
+        config = self.mod_config
+        path = routing or ("masked" if self.training else "gathered")
+        if path not in PATHS:
+            raise ValueError(f"routing={path!r}: expected one of {', '.join(PATHS)}")
+        batch, tokens = given.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length()
+        valid, places = _places(attention_mask, batch, tokens, past, given.device)
+        anchored = None
+        if past < config.anchors or valid is not None:
+            anchored = (places < config.anchors).expand(batch, tokens)
+        return RoutingCall(
+            config=config, p=thresholds(config.p if p is None else p, batch, given.device), path=path,
+            columns=torch.arange(past, past + tokens, device=given.device), valid=valid, anchored=anchored,
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Router):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} stores every token; a MoD model "
+                "uses its own RaggedCache: leave cache_implementation unset"
+            )
+        cache = model_kwargs.get("past_key_values")
+        check_cache(cache)
+        if cache is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.new_cache()
+
+
+def thresholds(p: Threshold, batch: int, device: torch.device) -> Tensor:
+    """``p`` as one threshold per row, [B, 1] float32, validated."""
+    if isinstance(p, (int, float)):
+        return torch.full((batch, 1), check_threshold(p), device=device)
+    values = torch.as_tensor(p, dtype=torch.float32, device=device).reshape(-1)
+    if len(values) not in (1, batch):
+        raise ValueError(f"p has {len(values)} values for a batch of {batch}: give one number, or one per row")
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(f"p={values.tolist()}: every threshold must be a number from 0 to 1")
+    return values.expand(batch)[:, None]
+
+
+def check_cache(cache: object) -> None:
+    """Refuse a cache that is not this project's."""
+    if cache is not None and not isinstance(cache, RaggedCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}, which stores every token: a MoD model needs the cache "
+            "that model.new_cache() makes"
+        )
+
+
+def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrainedModel:
+    """Make a dense causal LM a MoD model, in place; ``restore`` undoes it.
+
+    Fresh routers let (almost) every token run. A probe input then checks that the model with its
+    gates open gives the dense logits; if not, the model is restored and refused.
+
+    Raises:
+        ConversionError: the model can't be converted; says what was looked for and not found.
+    """
+    if isinstance(model, MoDModel):
+        raise ConversionError(f"{type(model).__name__} is a MoD model already: restore(model) first to convert anew")
+    config = config or MoDConfig()
+    family = family_of(model)
+    settings: Any = model.config
+    config.layer_indices(settings.num_hidden_layers)
+    before = _probe(model)
+    dense_config, dense_class = type(settings), type(model)
+    settings.__class__ = mod_config_class(dense_config)
+    settings.mod = config.to_dict()
+    model.__class__ = mod_model_class(dense_class, family)
+    _install(model, config)
+    difference = (_probe_open(model) - before).abs().max().item()
+    if not difference <= _tolerance(before):
+        restore(model)
+        raise ConversionError(
+            f"{dense_class.__name__}: with every gate open the logits differ from the dense model's by "
+            f"{difference:.2g} (at most {_tolerance(before):.2g} allowed); the layers do more than the family's"
+        )
+    return model
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """The dense model again, in place: same classes, same keys, same weights as before ``convert``."""
+    if not isinstance(model, MoDModel):
+        raise ConversionError(f"{type(model).__name__} is not a MoD model: nothing to restore")
+    for layer in model.family.decoder_layers(model):
+        if isinstance(layer, MoDLayer):
+            del layer.router, layer.layer_index, layer.window
+            layer.__class__ = type(layer).__mro__[2]
+    config: Any = model.config
+    del config.mod
+    config.__class__ = type(config).__mro__[1]
+    dense_class: Any = type(model).__mro__[2]
+    model.__class__ = dense_class
+    model._no_split_modules = set(dense_class._no_split_modules or [])
+    return model
+
+
+def _install(model: Any, config: MoDConfig) -> None:
+    """Give each MoD layer its class, place and router."""
+    settings = model.config
+    for index in config.layer_indices(settings.num_hidden_layers):
+        layer = model.family.decoder_layers(model)[index]
+        layer.__class__ = routed_class(type(layer), model.family)
+        like = next(layer.parameters())
+        layer.router = Router(settings.hidden_size, INITIAL_BIAS[config.gate]).to(like.device)
+        layer.layer_index, layer.window = index, window_of(settings, index)
+        layer.router.train(layer.training)
+    # Device maps must treat a routed layer as one piece too.
+    model._no_split_modules = {*(model._no_split_modules or []), type(layer).__name__}
+
+
+@functools.cache
+def mod_model_class(dense_class: type[PreTrainedModel], family: Family) -> type[MoDModel]:
+    """The MoD subclass of a causal LM class; the same class at every call."""
+    body = {
+        "family": family,
+        "config_class": mod_config_class(dense_class.config_class),
+        "_no_split_modules": [*(dense_class._no_split_modules or [])],
+        "_keep_in_fp32_modules_strict": {*(dense_class._keep_in_fp32_modules_strict or []), "router"},
+        "__module__": __name__,
+        "__doc__": MoDModel.__doc__,
+    }
+    return type(f"MoD{dense_class.__name__}", (MoDModel, dense_class), body)
+
+
+@functools.cache
+def mod_config_class(dense_config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The MoD subclass of a config class, under its own model type."""
+    body = {"model_type": PREFIX + dense_config.model_type, "__module__": __name__}
+    return type(f"MoD{dense_config.__name__}", (dense_config,), body)
+
+
+def register() -> None:
+    """Teach transformers' Auto classes the MoD model types, so that saved folders load with no remote code."""
+    for family in FAMILIES.values():
+        dense_config = type(AutoConfig.for_model(family.model_type))
+        model_class = mod_model_class(MODEL_FOR_CAUSAL_LM_MAPPING[dense_config], family)
+        config_class: Any = model_class.config_class
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+
+
+def _places(
+    mask: Any, batch: int, tokens: int, past: int, device: torch.device
+) -> tuple[Tensor | None, Tensor]:
+    """Real tokens [B, T] (None: all), and each new token's place among its row's real tokens."""
+    plain = torch.arange(past, past + tokens, device=device)[None]
+    if mask is None:
+        return None, plain
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != (batch, past + tokens):
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask is {found}: routing needs one of shape {(batch, past + tokens)}, 0 at padding")
+    real = mask.to(device).bool()
+    if bool(real.all()):
+        return None, plain
+    return real[:, past:], (real.long().cumsum(1) - 1)[:, past:]
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, **kwargs: Any) -> Tensor:
+    """Logits of a short fixed input, [1, 16, V]."""
+    config: Any = model.config
+    ids = torch.arange(16, device=model.device)[None] % config.vocab_size
+    training = model.training
+    model.eval()
+    try:
+        logits: Tensor = model(input_ids=ids, use_cache=False, **kwargs).logits
+    finally:
+        model.train(training)
+    return logits.float()
+
+
+@torch.no_grad()
+def _probe_open(model: Any) -> Tensor:
+    """The probe at p = 0 with every gate at 1, which is what makes the paper's scaled block the stock one."""
+    routers = [layer.router for layer in model.family.decoder_layers(model) if isinstance(layer, MoDLayer)]
+    saved = [router.bias.clone() for router in routers]
+    for router in routers:
+        router.bias.fill_(40.0)
+    try:
+        return _probe(model, p=0.0)
+    finally:
+        for router, bias in zip(routers, saved, strict=True):
+            router.bias.copy_(bias)
+
+
+def _tolerance(logits: Tensor) -> float:
+    return 1e-3 * max(1.0, logits.abs().max().item())

@@ -1,0 +1,151 @@
+"""The router, the threshold rule and the gather/scatter of routed tokens.
+
+Boundary: tensors in, tensors out; knows neither layers nor caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from modification.config import MoDConfig
+
+# Fresh routers open wide: sigmoid(2) = 0.88 lets tokens run up to p = 0.88; the paper's gate
+# scales the block, so it starts nearer to 1 (sigmoid(4) = 0.98).
+INITIAL_BIAS = {"straight_through": 2.0, "paper": 4.0}
+_WEIGHT_STD = 0.02
+_P_FLOOR = 1e-4
+
+
+class Router(nn.Module):
+    """g = sigmoid(W x + b) on the RMS-normalised hidden state: [B, T, D] -> logits [B, T], float32.
+
+    The paper scores x itself; normalising first makes the score independent of the residual
+    stream's scale, which grows with depth. The weights are bare parameters, not an ``nn.Linear``,
+    so that quantisers leave them in full precision.
+    """
+
+    def __init__(self, width: int, bias: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, width))
+        self.bias = nn.Parameter(torch.empty(1))
+        self.initial_bias = bias
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh weights; a parameter just read from a checkpoint is left alone."""
+        init.normal_(self.weight, std=_WEIGHT_STD)
+        init.constant_(self.bias, self.initial_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Mixed precision must not touch the score: it is compared with p.
+        with torch.autocast(x.device.type, enabled=False):
+            normed = F.rms_norm(x.float(), x.shape[-1:])
+            return F.linear(normed, self.weight.float(), self.bias.float()).squeeze(-1)
+
+
+@dataclass(slots=True, eq=False)
+class RoutingCall:
+    """What one forward call asks of its MoD layers, and what they report back.
+
+    It travels through the stock model as a keyword argument, so that p, masks and records belong
+    to the call and never to the model.
+
+    Attributes:
+        config: the model's MoD settings.
+        p: thresholds, [B, 1].
+        path: ``"gathered"`` (skips) or ``"masked"`` (computes all, hides; the reference).
+        columns: places of the new tokens in the padded sequence, [T].
+        valid: False at padding, [B, T]; None when there is none.
+        anchored: tokens that run whatever their score, [B, T]; None when there are none.
+        scores, routed: gates and decisions per MoD layer index, [B, T] each, if ``record``.
+    """
+
+    config: MoDConfig
+    p: Tensor
+    path: str
+    columns: Tensor
+    valid: Tensor | None = None
+    anchored: Tensor | None = None
+    record: bool = False
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    routed: dict[int, Tensor] = field(default_factory=dict)
+
+    def decide(self, layer: int, gate: Tensor) -> Tensor:
+        """Which tokens run, [B, T] bool: g >= p (paper, threshold-p), anchors always, padding never.
+
+        A NaN gate runs: skipping on it would lose the token.
+        """
+        run = ~(gate < self.p.to(gate.device))
+        if self.anchored is not None:
+            run = run | self.anchored.to(gate.device)
+        if self.valid is not None:
+            run = run & self.valid.to(gate.device)
+        if self.record:
+            self.scores[layer], self.routed[layer] = gate, run
+        return run
+
+    def real(self, like: Tensor) -> Tensor:
+        """True at real tokens, False at padding, [B, T] like ``like``."""
+        return torch.ones_like(like) if self.valid is None else self.valid.to(like.device)
+
+
+def straight_through(logit: Tensor, p: Tensor) -> Tensor:
+    """A zero whose gradient is that of sigmoid(logit(g) - logit(p)), [B, T].
+
+    Added to the hard 0/1 decision it gives processed and skipped tokens' gates a gradient alike.
+    """
+    soft = torch.sigmoid(logit - torch.logit(p.to(logit.device).float(), eps=_P_FLOOR))
+    return soft - soft.detach()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """Routed tokens of a batch as a dense block.
+
+    Attributes:
+        rows: batch rows with at least one routed token, [R].
+        index: token indices per row, in order, [R, N]; each row is filled up with some of its own
+            skipped tokens to the longest row's N.
+        filled: False where ``index`` is such a filler, [R, N]; None when there is none.
+        counts: routed tokens per selected row.
+    """
+
+    rows: Tensor
+    index: Tensor
+    filled: Tensor | None
+    counts: list[int]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[B or 1, T, ...] -> [R, N, ...]."""
+        rows = self.rows if x.shape[0] > 1 else torch.zeros_like(self.rows)
+        return x[rows[:, None], self.index]
+
+    def scatter(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [B, T, D] with the routed tokens replaced by y [R, N, D]."""
+        if self.filled is not None:
+            y = torch.where(self.filled[..., None], y, self.gather(x))
+        out = x.clone()
+        out[self.rows[:, None], self.index] = y
+        return out
+
+
+def select(run: Tensor) -> Selection | None:
+    """Lay out the routed tokens of ``run`` [B, T]; None when nothing runs. One host synchronisation."""
+    counts = run.sum(1).tolist()
+    rows = [row for row, count in enumerate(counts) if count]
+    if not rows:
+        return None
+    kept = [counts[row] for row in rows]
+    row_index = torch.tensor(rows, device=run.device)
+    longest, shortest = max(kept), min(kept)
+    # Stable: routed tokens first and in order, then skipped ones as fillers, none twice.
+    index = torch.argsort((~run[row_index]).to(torch.uint8), dim=1, stable=True)[:, :longest]
+    filled = None
+    if shortest < longest:
+        filled = torch.arange(longest, device=run.device) < torch.tensor(kept, device=run.device)[:, None]
+    return Selection(row_index, index, filled, kept)
