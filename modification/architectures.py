@@ -99,7 +99,7 @@ class Family:
         """The paper's block: h = x + g * Attn(LN x); y = h + g * MLP(LN h). x [B, T, D], gate [B, T, 1]."""
         attention, mlp = getattr(layer, self.attention), getattr(layer, self.mlp)
         norm, mlp_norm = getattr(layer, self.attention_norm), getattr(layer, self.mlp_norm)
-        h = x + gate * attention(norm(x), **arguments)[0]
+        h: Tensor = x + gate * attention(norm(x), **arguments)[0]
         return h + gate * mlp(mlp_norm(x if self.parallel(layer) else h))
 
 

@@ -131,7 +131,7 @@ def _prompt(model: Any, input_ids: Tensor | Sequence[int], budget: int) -> Tenso
     ids = torch.as_tensor(input_ids, dtype=torch.long, device=model.device)
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.shape[0] != 1:
-        raise ValueError(f"input_ids of shape {tuple(ids.shape)}: generate takes one row; use model.generate for batches")
+        raise ValueError(f"input_ids of shape {tuple(ids.shape)}: give one row, or use model.generate for batches")
     tokens, vocabulary = ids.shape[1], model.config.vocab_size
     if not tokens:
         raise ValueError("the prompt is empty: give at least one token")

@@ -18,6 +18,7 @@ from modification.architectures import Family
 from modification.cache import NOWHERE, RaggedLayer, Slots
 from modification.routing import Router, RoutingCall, Selection, select, straight_through
 
+Arguments = dict[str, Any]
 CALL = "mod_call"  # keyword under which a RoutingCall travels through the stock model
 
 
@@ -51,7 +52,7 @@ class MoDLayer(nn.Module):
         return self._gathered(hidden_states, gate, run, call, store, kwargs)
 
     def _masked(
-        self, x: Tensor, logit: Tensor, run: Tensor, call: RoutingCall, store: RaggedLayer | None, kwargs: dict[str, Any]
+        self, x: Tensor, logit: Tensor, run: Tensor, call: RoutingCall, store: RaggedLayer | None, kwargs: Arguments
     ) -> Tensor:
         stays = run if call.config.kv == "evict" else call.real(run)
         columns = call.columns.to(x.device).expand(run.shape)
@@ -67,7 +68,7 @@ class MoDLayer(nn.Module):
         return out
 
     def _gathered(
-        self, x: Tensor, gate: Tensor, run: Tensor, call: RoutingCall, store: RaggedLayer | None, kwargs: dict[str, Any]
+        self, x: Tensor, gate: Tensor, run: Tensor, call: RoutingCall, store: RaggedLayer | None, kwargs: Arguments
     ) -> Tensor:
         if call.config.kv == "keep":
             store = RaggedLayer() if store is None else store
@@ -84,7 +85,7 @@ class MoDLayer(nn.Module):
         return chosen.scatter(x, self._block(chosen.gather(x), chosen.gather(gate), call, arguments))
 
     def _store_skipped(
-        self, x: Tensor, skipped: Tensor, call: RoutingCall, store: RaggedLayer, kwargs: dict[str, Any]
+        self, x: Tensor, skipped: Tensor, call: RoutingCall, store: RaggedLayer, kwargs: Arguments
     ) -> None:
         """Keep mode: keys and values of skipped tokens [B, T], projected without running the block."""
         chosen = select(skipped)
@@ -95,16 +96,16 @@ class MoDLayer(nn.Module):
         position = _gathered_positions(kwargs, chosen).get("position_embeddings")
         slots.update(*self.family.keys_values(self, chosen.gather(x), position))
 
-    def _block(self, x: Tensor, gate: Tensor, call: RoutingCall, arguments: dict[str, Any]) -> Tensor:
+    def _block(self, x: Tensor, gate: Tensor, call: RoutingCall, arguments: Arguments) -> Tensor:
         if call.config.gate == "paper":
             return self.family.gated_block(self, x, gate[..., None].to(x.dtype), arguments)
         return self._stock(x, arguments)
 
-    def _stock(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def _stock(self, x: Tensor, arguments: Arguments) -> Tensor:
         out: Tensor = super().forward(x, **arguments)
         return out
 
-    def _arguments(self, kwargs: dict[str, Any], slots: Slots | None, mask: Tensor | None) -> dict[str, Any]:
+    def _arguments(self, kwargs: Arguments, slots: Slots | None, mask: Tensor | None) -> Arguments:
         """The stock arguments with this layer's own cache window and mask [R, 1, N, K] in place."""
         if mask is not None and self._kernel() == "eager":
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
@@ -144,9 +145,9 @@ def _open(store: RaggedLayer | None, batch: int, columns: Tensor, chosen: Select
     return slots, slots.key_columns
 
 
-def _gathered_positions(kwargs: dict[str, Any], chosen: Selection) -> dict[str, Any]:
+def _gathered_positions(kwargs: Arguments, chosen: Selection) -> Arguments:
     """Position arguments of the chosen tokens: they keep their true places."""
-    found: dict[str, Any] = {}
+    found: Arguments = {}
     if kwargs.get("position_ids") is not None:
         found["position_ids"] = chosen.gather(kwargs["position_ids"])
     if kwargs.get("position_embeddings") is not None:

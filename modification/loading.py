@@ -97,7 +97,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise LoadError(f"{folder} is not a model folder: it has no config.json")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise LoadError(f"{path} is not valid JSON: {error}") from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
@@ -112,7 +112,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
             MoDConfig.from_dict(config.get("mod"))
         except ValueError as error:
             raise LoadError(f"{path}: {error}") from error
-    return config
+    return dict(config)
 
 
 def _quantization(bits: str) -> Any:

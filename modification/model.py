@@ -187,7 +187,8 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
     settings: Any = model.config
     config.layer_indices(settings.num_hidden_layers)
     before = _probe(model)
-    dense_config, dense_class = type(settings), type(model)
+    dense_config: Any = type(settings)
+    dense_class: Any = type(model)
     settings.__class__ = mod_config_class(dense_config)
     settings.mod = config.to_dict()
     model.__class__ = mod_model_class(dense_class, family)
@@ -257,9 +258,9 @@ def mod_config_class(dense_config: type[PreTrainedConfig]) -> type[PreTrainedCon
 def register() -> None:
     """Teach transformers' Auto classes the MoD model types, so that saved folders load with no remote code."""
     for family in FAMILIES.values():
-        dense_config = type(AutoConfig.for_model(family.model_type))
-        model_class = mod_model_class(MODEL_FOR_CAUSAL_LM_MAPPING[dense_config], family)
-        config_class: Any = model_class.config_class
+        dense_config: Any = type(AutoConfig.for_model(family.model_type))
+        model_class: Any = mod_model_class(MODEL_FOR_CAUSAL_LM_MAPPING[dense_config], family)
+        config_class = model_class.config_class
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
@@ -273,7 +274,7 @@ def _places(
         return None, plain
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != (batch, past + tokens):
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask is {found}: routing needs one of shape {(batch, past + tokens)}, 0 at padding")
+        raise ValueError(f"attention_mask is {found}: expected shape {(batch, past + tokens)}, 0 at padding")
     real = mask.to(device).bool()
     if bool(real.all()):
         return None, plain

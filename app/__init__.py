@@ -1,0 +1,1 @@
+"""The app: watch adaptive depth at work. Tensors stay behind ``app.service``."""

@@ -1,0 +1,136 @@
+"""Steps -> the tape that the live view reads, and sentences for people. No torch, no gradio.
+
+A tape is one growing string, a JSON array a line, so that each update sends only what is new:
+
+    ["h", {...}]                          header: id of the run, layers, MoD layers, title
+    ["c", text, p, scores, routed, kind]  a column: a token; hex scores (two digits a MoD layer), hex bits
+    ["f", {...}]                          figures after a step
+    ["s", state, text]                    a state change: done, stopped
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from modification.measure.cost import CostMeter, ModelShape
+from modification.trace import RoutingTrace, Step
+
+MEASURED, ESTIMATED = "measured", "estimated"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one token reads as.
+
+    Attributes:
+        text: its text; may be empty while a character is incomplete.
+        special: whether it is a control token such as a turn marker.
+    """
+
+    text: str
+    special: bool = False
+
+
+@dataclass(slots=True)
+class Tape:
+    """Builds the tape of one generation."""
+
+    shape: ModelShape
+    title: str
+    lines: list[str] = field(default_factory=list)
+    columns: int = 0
+    ran: int = 0
+    scored: int = 0
+    new_tokens: int = 0
+    decode_seconds: float = 0.0
+    meter: CostMeter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.meter = CostMeter(self.shape)
+        self._add("h", {
+            "id": secrets.token_hex(4), "depth": self.shape.depth, "mod": list(self.shape.mod_layers), "title": self.title,
+        })
+
+    def add(self, step: Step, pieces: Iterable[Piece]) -> None:
+        """Record a step and what its tokens read as."""
+        self.meter.add(step)
+        self.ran += int(step.routed.sum())
+        self.scored += step.routed.size
+        if not step.prefill:
+            self.new_tokens += 1
+            self.decode_seconds += step.seconds
+        for at, piece in enumerate(pieces):
+            kind = "s" if piece.special else ("p" if step.prefill else "n")
+            scores = "".join(f"{round(float(g) * 255):02x}" for g in step.scores[:, at])
+            self._add("c", piece.text, round(step.p, 3), scores, bits(step.routed[:, at]), kind)
+            self.columns += 1
+        self._add("f", self.figures(step))
+
+    def end(self, state: str, text: str) -> None:
+        """Close the tape: ``done`` or ``stopped``, with a sentence."""
+        self._add("s", state, text)
+
+    def figures(self, step: Step) -> dict[str, Any]:
+        """The live figures after ``step``: raw numbers; the view adds unit and label."""
+        return {
+            "load": round(self.ran / self.scored, 4) if self.scored else 1.0,
+            "speed": round(self.new_tokens / self.decode_seconds, 2) if self.decode_seconds else None,
+            "kv": [step.kv_stored, step.kv_allocated, step.kv_dense],
+            "saved": round(self.meter.saved, 4),
+            "prefill": round(step.seconds, 4) if step.prefill else None,
+            "tokens": self.columns,
+        }
+
+    @property
+    def text(self) -> str:
+        """The tape so far."""
+        return "".join(self.lines)
+
+    def _add(self, *record: Any) -> None:
+        self.lines.append(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def bits(routed: Iterable[Any]) -> str:
+    """Decisions of one column as hex, the first MoD layer in the lowest bit."""
+    return f"{sum(1 << at for at, ran in enumerate(routed) if ran):x}"
+
+
+def tape_of_trace(trace: RoutingTrace) -> str:
+    """The tape of a stored trace."""
+    shape = ModelShape(**{**trace.info["shape"], "mod_layers": tuple(trace.mod_layers)})
+    tape = Tape(shape, str(trace.info.get("title", "Example")))
+    at = 0
+    special = set(trace.info.get("special", ()))
+    for step in trace.steps:
+        texts = trace.texts[at : at + len(step.tokens)]
+        tape.add(step, [Piece(text, at + i in special) for i, text in enumerate(texts)])
+        at += len(step.tokens)
+    tape.end("done", str(trace.info.get("note", "A recorded run.")))
+    return tape.text
+
+
+def ending(tape: str) -> str:
+    """The sentence that a finished tape ends with."""
+    last = tape.rstrip("\n").rpartition("\n")[2]
+    record = json.loads(last) if last else ["s", "", ""]
+    return str(record[2]) if record[0] == "s" else ""
+
+
+def waiting_sentence(ahead: int) -> str:
+    """What a user in the queue reads."""
+    if ahead == 0:
+        return "Next in line: starting as soon as the model is free."
+    return f"Waiting for the model: {ahead} ahead of you."
+
+
+def size(count: float) -> str:
+    """Bytes for people, e.g. ``1.5 MB``."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

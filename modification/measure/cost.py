@@ -1,0 +1,106 @@
+"""What a generation costs, counted: FLOPs from shapes, routed against dense. Pure arithmetic, no torch.
+
+A matrix product of [n, a] by [a, b] counts 2nab FLOPs (one multiply, one add); norms, softmax and
+activations are left out, as is usual (e.g. https://arxiv.org/abs/2001.08361, section 2.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from modification.trace import Step
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes that cost depends on.
+
+    Attributes:
+        depth: decoder layers.
+        mod_layers: indices of the routed ones.
+        layer_weights: weights in one layer's matrices.
+        head_weights: weights of the output head.
+        attention_width: query heads times head width.
+        router_weights: weights of one router.
+        keep: whether skipped tokens' keys and values are kept (``kv="keep"``).
+        kv_weights: weights of one layer's key and value projections.
+    """
+
+    depth: int
+    mod_layers: tuple[int, ...]
+    layer_weights: int
+    head_weights: int
+    attention_width: int
+    router_weights: int
+    keep: bool = False
+    kv_weights: int = 0
+
+    @classmethod
+    def of(cls, model: Any) -> ModelShape:
+        """Read the shape off a MoD model."""
+        config = model.config
+        layers = model.family.decoder_layers(model)
+        dense = next((layer for i, layer in enumerate(layers) if i not in model.mod_layers), layers[0])
+        weights = sum(p.numel() for n, p in dense.named_parameters() if p.dim() == 2 and not n.startswith("router."))
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        return cls(
+            depth=len(layers), mod_layers=model.mod_layers, layer_weights=weights,
+            head_weights=config.vocab_size * config.hidden_size, attention_width=heads * width,
+            router_weights=config.hidden_size, keep=model.mod_config.kv == "keep",
+            kv_weights=2 * config.hidden_size * kv_heads * width,
+        )
+
+
+@dataclass(slots=True)
+class CostMeter:
+    """Adds up FLOPs step by step, for the model as routed and for its dense parent.
+
+    Attributes:
+        routed: FLOPs counted for the MoD model.
+        dense: FLOPs counted for the dense parent on the same tokens.
+    """
+
+    shape: ModelShape
+    routed: int = 0
+    dense: int = 0
+    _seen: int = 0
+    _stored: list[int] = field(default_factory=list)
+
+    def add(self, step: Step) -> None:
+        """Count one step: N tokens of which some ran in each MoD layer."""
+        shape, new = self.shape, len(step.tokens)
+        plain = self._layer(new, new * self._seen + new * (new + 1) // 2)
+        head = 2 * shape.head_weights  # logits are computed for the last token alone
+        self.dense += shape.depth * plain + head
+        self.routed += (shape.depth - len(shape.mod_layers)) * plain + head
+        stored = self._stored or [0] * len(shape.mod_layers)
+        for at, ran in enumerate(step.routed):
+            stored[at] = self._add_routed(ran.tolist(), stored[at])
+        self._stored = stored
+        self._seen += new
+
+    @property
+    def saved(self) -> float:
+        """Share of the dense parent's FLOPs that were not spent, 0 to 1."""
+        return 1 - self.routed / self.dense if self.dense else 0.0
+
+    def _add_routed(self, ran: list[bool], stored: int) -> int:
+        """One MoD layer's tokens; returns the entries its cache holds afterwards."""
+        pairs = 0
+        for runs in ran:
+            if runs or self.shape.keep:
+                stored += 1
+            if runs:
+                pairs += stored
+        count = sum(ran)
+        self.routed += self._layer(count, pairs) + 2 * len(ran) * self.shape.router_weights
+        if self.shape.keep:
+            self.routed += 2 * (len(ran) - count) * self.shape.kv_weights
+        return stored
+
+    def _layer(self, tokens: int, pairs: int) -> int:
+        """FLOPs of one layer for ``tokens`` queries that meet ``pairs`` keys in all."""
+        return 2 * tokens * self.shape.layer_weights + 4 * pairs * self.shape.attention_width

@@ -1,0 +1,241 @@
+"""Tiny random models of every family, and what tests compare with: tolerances, safe thresholds, padding, data."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from modification import MoDConfig, convert
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("MODIFICATION_SHARED", REPO.parent / "shared"))
+
+VOCABULARY = 97  # the 95 printable ASCII characters, a start and an end: `tiny_tokenizer` fits
+WIDTH = 32
+DEPTH = 5
+WINDOW = 4
+
+# The one place that says how near is equal; logits of the tiny models are of order 1.
+TOLERANCE = {
+    torch.float32: {"atol": 1e-4, "rtol": 1e-4},
+    torch.bfloat16: {"atol": 0.15, "rtol": 0.05},
+}
+
+_COMMON = {
+    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 4,
+    "intermediate_size": 48, "max_position_embeddings": 256, "bos_token_id": 95, "eos_token_id": None,
+    "pad_token_id": None,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2}
+_SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
+
+VARIANTS: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig, _GROUPED),
+    "mistral": (MistralForCausalLM, MistralConfig, {**_GROUPED, "sliding_window": None}),
+    "mistral-window": (MistralForCausalLM, MistralConfig, {**_GROUPED, "sliding_window": WINDOW}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, _GROUPED),
+    "qwen2-window": (Qwen2ForCausalLM, Qwen2Config, {**_GROUPED, **_SLIDING}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**_GROUPED, "head_dim": 8}),
+    "gpt2": (
+        GPT2LMHeadModel, GPT2Config,
+        {
+            "vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": DEPTH, "n_head": 4, "n_inner": 48,
+            "n_positions": 256, "bos_token_id": 95, "eos_token_id": None, "pad_token_id": None,
+        },
+    ),
+    "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {**_COMMON, "use_parallel_residual": True}),
+    "gpt_neox-sequential": (GPTNeoXForCausalLM, GPTNeoXConfig, {**_COMMON, "use_parallel_residual": False}),
+}
+ALL = tuple(VARIANTS)
+# One of each kind of cache and block: plain, windowed, absolute positions.
+FEW = ("llama", "mistral-window", "gpt2")
+
+
+def dense_model(
+    variant: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, kernel: str = "sdpa", **changes: Any
+) -> Any:
+    """A tiny random dense model, in eval mode, with weights large enough for attention to matter."""
+    model_class, config_class, settings = VARIANTS[variant]
+    config = config_class(**{**settings, **changes})
+    config._attn_implementation = kernel
+    model = model_class(config)
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            values = torch.randn(weight.shape, generator=noise)
+            if weight.dim() > 1:
+                weight.copy_(0.2 * values)
+            else:
+                weight.copy_((0.0 if name.endswith("bias") else 1.0) + 0.1 * values)
+    return model.to(dtype).eval()
+
+
+def mod_model(
+    variant: str = "llama", config: MoDConfig | None = None, *, seed: int = 0, spread: float = 1.5, **options: Any
+) -> Any:
+    """A tiny MoD model whose scores are spread around a half."""
+    model = convert(dense_model(variant, seed=seed, **options), config or MoDConfig())
+    scatter_routers(model, spread, seed)
+    return model
+
+
+def scatter_routers(model: Any, spread: float = 1.5, seed: int = 0) -> None:
+    """Random routers: logits of standard deviation ``spread`` around 0, so that at p = 0.5 half the tokens run."""
+    noise = torch.Generator().manual_seed(seed + 1000)
+    with torch.no_grad():
+        for router in routers(model):
+            weight = torch.randn(router.weight.shape, generator=noise)
+            router.weight.copy_(weight * spread / weight.shape[-1] ** 0.5)
+            router.bias.copy_(0.1 * torch.randn(1, generator=noise))
+
+
+def routers(model: Any) -> list[Any]:
+    """The routers of a MoD model, in the order of its layers."""
+    layers = model.family.decoder_layers(model)
+    return [layers[index].router for index in model.mod_layers]
+
+
+def tokens(batch: int = 1, length: int = 14, seed: int = 0) -> Tensor:
+    """Random token ids, [B, T]."""
+    return torch.randint(0, VOCABULARY - 2, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def safe_threshold(model: Any, ids: Tensor, near: float = 0.5, reach: float = 0.08, **call: Any) -> float:
+    """The p around ``near`` that is farthest from every score, so that rounding can't flip a decision.
+
+    Decisions in one layer move the scores of the next, so every candidate is tried.
+    """
+    best, widest = near, -1.0
+    for p in torch.linspace(near - reach, near + reach, 15).tolist():
+        out = model(ids, p=p, output_router_scores=True, use_cache=False, **call)
+        margin = min((scores - p).abs().min().item() for scores in out.router_scores)
+        if margin > widest:
+            best, widest = p, margin
+    assert widest > 1e-5, "no threshold is clear of every score"
+    return best
+
+
+def padded(rows: Sequence[Tensor], side: str) -> dict[str, Tensor]:
+    """Rows [T_i] as one batch: input_ids, attention_mask and position_ids [B, T], padded on ``side``."""
+    longest = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for at, row in enumerate(rows):
+        place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+        ids[at, place], mask[at, place] = row, 1
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def assert_close(actual: Tensor, expected: Tensor, where: Tensor | None = None) -> None:
+    """Equal within the one tolerance of the dtype; ``where`` [B, T] picks tokens."""
+    if where is not None:
+        actual, expected = actual[where.bool()], expected[where.bool()]
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(actual, expected, atol=tolerance["atol"], rtol=tolerance["rtol"])
+
+
+def assert_differs(actual: Tensor, expected: Tensor) -> None:
+    """Further apart than rounding could bring them, by far."""
+    assert (actual - expected).abs().max() > 100 * TOLERANCE[torch.float32]["atol"]
+
+
+def in_chunks(model: Any, ids: Tensor, sizes: Sequence[int], mask: Tensor | None = None, **call: Any) -> dict[str, Any]:
+    """Run ids [B, T] piece by piece over one cache; logits [B, T, V], scores and routed [M, B, T], and the cache."""
+    cache = model.new_cache()
+    logits, scores, routed, start = [], [], [], 0
+    assert sum(sizes) == ids.shape[1]
+    for size in sizes:
+        end = start + size
+        piece = dict(call)
+        if mask is not None:
+            piece["attention_mask"] = mask[:, :end]
+            piece["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start:end]
+        out = model(ids[:, start:end], past_key_values=cache, output_router_scores=True, **piece)
+        logits.append(out.logits)
+        scores.append(torch.stack(out.router_scores))
+        routed.append(torch.stack(out.routed))
+        start = end
+    return {"logits": torch.cat(logits, 1), "scores": torch.cat(scores, 2), "routed": torch.cat(routed, 2),
+            "cache": cache}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character, then a start (95) and an end (96): 97 in all."""
+    vocabulary = {chr(32 + at): at for at in range(95)} | {"<s>": 95, "</s>": 96}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="?")
+
+
+def save_folder(model: Any, folder: Path) -> Path:
+    """A model folder with the tiny tokenizer in it."""
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def shared(*parts: str) -> Path:
+    """A path among the shared data, or a skipped test that says what is missing."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"{path} is missing: set MODIFICATION_SHARED to the folder that holds {'/'.join(parts)}")
+    return path
+
+
+@contextmanager
+def paper_hooks(dense: Any, mod: Any) -> Iterator[None]:
+    """Make a dense model compute the paper's gated block, by hooks that know nothing of routed layers.
+
+    Both sub-blocks' outputs are multiplied by g = sigmoid(W rms_norm(x) + b) of the layer's input.
+    """
+    family, layers = mod.family, mod.family.decoder_layers(dense)
+    handles, gates = [], {}
+
+    def remember(index: int, router: Any) -> Any:
+        def hook(layer: Any, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            normed = x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+            gates[index] = torch.sigmoid(normed @ router.weight[0] + router.bias)[..., None]
+        return hook
+
+    def scale(index: int) -> Any:
+        def hook(module: Any, args: Any, out: Any) -> Any:
+            return (out[0] * gates[index], *out[1:]) if isinstance(out, tuple) else out * gates[index]
+        return hook
+
+    for index, router in zip(mod.mod_layers, routers(mod), strict=True):
+        handles.append(layers[index].register_forward_pre_hook(remember(index, copy.deepcopy(router)), with_kwargs=True))
+        handles.append(getattr(layers[index], family.attention).register_forward_hook(scale(index)))
+        handles.append(getattr(layers[index], family.mlp).register_forward_hook(scale(index)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
