@@ -52,7 +52,8 @@ class Tape:
     def __post_init__(self) -> None:
         self.meter = CostMeter(self.shape)
         self._add("h", {
-            "id": secrets.token_hex(4), "depth": self.shape.depth, "mod": list(self.shape.mod_layers), "title": self.title,
+            "id": secrets.token_hex(4), "depth": self.shape.depth, "mod": list(self.shape.mod_layers),
+            "title": self.title,
         })
 
     def add(self, step: Step, pieces: Iterable[Piece]) -> None:

@@ -100,7 +100,8 @@ class Family:
         attention, mlp = getattr(layer, self.attention), getattr(layer, self.mlp)
         norm, mlp_norm = getattr(layer, self.attention_norm), getattr(layer, self.mlp_norm)
         h: Tensor = x + gate * attention(norm(x), **arguments)[0]
-        return h + gate * mlp(mlp_norm(x if self.parallel(layer) else h))
+        out: Tensor = h + gate * mlp(mlp_norm(x if self.parallel(layer) else h))
+        return out
 
 
 FAMILIES = {

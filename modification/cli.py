@@ -44,7 +44,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise ConversionError(f"{arguments.parent} is a MoD model already: give its dense parent")
     config = MoDConfig(layers=_layers(arguments.layers), kv=arguments.kv)
     recipe = AnyP(
-        tokens=arguments.tokens, block=arguments.block, batch=arguments.batch, lr=arguments.lr, seed=arguments.seed
+        tokens=arguments.tokens, block=arguments.block, batch=arguments.batch, lr=arguments.lr, bf16=arguments.bf16,
+        seed=arguments.seed,
     )
     documents = read_documents(arguments.data, tokenizer, arguments.split)
     wanted = arguments.tokens + arguments.held_out * recipe.block
@@ -138,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--batch", type=int, default=16, help="rows per step (default: %(default)s)")
     convert.add_argument("--lr", type=float, help="peak learning rate (default: by model size)")
     convert.add_argument("--held-out", type=int, default=128, help="blocks kept for the report (default: %(default)s)")
+    convert.add_argument("--bf16", action="store_true", help="mixed precision on a CPU that has bf16 units")
     convert.add_argument("--seed", type=int, default=0)
     convert.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
     convert.set_defaults(run=_convert)

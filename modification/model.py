@@ -225,7 +225,8 @@ def _install(model: Any, config: MoDConfig) -> None:
     settings = model.config
     for index in config.layer_indices(settings.num_hidden_layers):
         layer = model.family.decoder_layers(model)[index]
-        layer.__class__ = routed_class(type(layer), model.family)
+        layer_class: Any = type(layer)
+        layer.__class__ = routed_class(layer_class, model.family)
         like = next(layer.parameters())
         layer.router = Router(settings.hidden_size, INITIAL_BIAS[config.gate]).to(like.device)
         layer.layer_index, layer.window = index, window_of(settings, index)

@@ -132,7 +132,7 @@ def safe_threshold(model: Any, ids: Tensor, near: float = 0.5, reach: float = 0.
     Decisions in one layer move the scores of the next, so every candidate is tried.
     """
     best, widest = near, -1.0
-    for p in torch.linspace(near - reach, near + reach, 15).tolist():
+    for p in torch.linspace(near - reach, near + reach, 5).tolist():
         out = model(ids, p=p, output_router_scores=True, use_cache=False, **call)
         margin = min((scores - p).abs().min().item() for scores in out.router_scores)
         if margin > widest:

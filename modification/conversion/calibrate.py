@@ -11,11 +11,11 @@ import torch
 from modification.layer import MoDLayer
 from modification.measure.quality import evaluate
 
-_LEVELS = np.linspace(0.05, 0.95, 19)
+_LEVELS = np.linspace(0.1, 0.9, 9)
 
 
 @torch.no_grad()
-def fit_dial(model: Any, blocks: npt.NDArray[np.int32], rounds: int = 3) -> tuple[float, float]:
+def fit_dial(model: Any, blocks: npt.NDArray[np.int32], rounds: int = 2) -> tuple[float, float]:
     """Scale and shift all routers alike so that load is about 1 - p.
 
     Finds, for each load on a grid, the threshold that now reaches it, and fits logit(1 - load) as a

@@ -24,19 +24,22 @@ class AnyP:
         router_lr: peak learning rate of the routers.
         dense_share: share of rows at p = 0.
         p_range: from where the other rows draw p.
+        warmup: share of the steps before the peak rate.
+        bf16: compute in mixed precision; always on with CUDA, worth it on CPUs that have bf16 units.
     """
 
     tokens: int = 3_000_000
     block: int = 256
     batch: int = 16
     lr: float | None = None
-    router_lr: float = 1e-2
+    router_lr: float = 5e-3
     ce: float = 0.5
     kl: float = 0.5
-    penalty: float = 2.0
+    penalty: float = 1.0
     dense_share: float = 0.25
     p_range: tuple[float, float] = (0.02, 0.98)
     warmup: float = 0.03
+    bf16: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ from modification.conversion.recipes import AnyP, default_lr
 from modification.measure.quality import Quality, sweep
 from modification.model import convert
 
-CALIBRATION_BLOCKS = 64
+CALIBRATION_TOKENS = 16_384
 
 
 class AnyPTrainer(Trainer):
@@ -121,7 +121,7 @@ def train(
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=last)
     seconds = time.monotonic() - began
-    scale, shift = fit_dial(model, blocks[: min(len(blocks), CALIBRATION_BLOCKS)])
+    scale, shift = fit_dial(model, blocks[: max(1, CALIBRATION_TOKENS // blocks.shape[1])])
     rows = sweep(model, held_out)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -141,8 +141,8 @@ def _trainer(
     cuda = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch,
-        use_cpu=not cuda, bf16=cuda, save_steps=max(20, min(200, recipe.steps // 10)), save_total_limit=2,
-        logging_steps=10, report_to="none", disable_tqdm=True, remove_unused_columns=False, seed=recipe.seed,
+        use_cpu=not cuda, bf16=cuda or recipe.bf16, save_steps=max(20, min(200, recipe.steps // 10)),
+        save_total_limit=2, logging_steps=10, report_to="none", disable_tqdm=True, remove_unused_columns=False, seed=recipe.seed,
         dataloader_drop_last=True,
     )
     optimizer = _optimizer(model, recipe)

@@ -1,0 +1,119 @@
+"""The tape, the figures and the sentences, without a browser and without torch."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.figures import load_per_layer
+from app.present import Piece, Tape, bits, ending, size, tape_of_trace, waiting_sentence
+from modification.measure.cost import CostMeter, ModelShape
+from modification.trace import RoutingTrace, Step
+
+SHAPE = ModelShape(4, (1, 2), layer_weights=1000, head_weights=500, attention_width=8, router_weights=10)
+
+
+def step(routed, prefill=False, p=0.5, seconds=0.1):
+    routed = np.asarray(routed, bool)
+    count = routed.shape[1]
+    logprobs = np.full(count, np.nan if prefill else -1.0, np.float32)
+    scores = np.where(routed, 0.9, 0.1)
+    return Step(np.arange(count), logprobs, scores, routed, p, 800, 840, 1600, seconds, prefill)
+
+
+def records(tape):
+    return [json.loads(line) for line in tape.splitlines()]
+
+
+def test_tape_only_grows_so_that_updates_travel_as_appends():
+    tape = Tape(SHAPE, "a model")
+    before = tape.text
+    for at in range(5):
+        tape.add(step([[1], [0]]), [Piece(f"t{at}")])
+        assert tape.text.startswith(before)
+        assert len(tape.text) - len(before) < 400
+        before = tape.text
+
+
+def test_a_column_carries_text_threshold_scores_and_decisions():
+    tape = Tape(SHAPE, "m")
+    tape.add(step([[1, 0], [0, 0]], prefill=True, p=0.25), [Piece("<s>", True), Piece("Once")])
+    header, first, second, figures = records(tape.text)
+    assert header[1]["depth"] == 4
+    assert header[1]["mod"] == [1, 2]
+    assert first == ["c", "<s>", 0.25, "e61a", "1", "s"]
+    assert second == ["c", "Once", 0.25, "1a1a", "0", "p"]
+    assert figures[1]["load"] == 0.25
+
+
+def test_figures_are_totals_over_the_run():
+    tape = Tape(SHAPE, "m")
+    tape.add(step([[1, 1], [1, 1]], prefill=True, seconds=9.0), [Piece("a"), Piece("b")])
+    tape.add(step([[0], [0]], seconds=0.25), [Piece("c")])
+    tape.add(step([[1], [0]], seconds=0.25), [Piece("d")])
+    last = records(tape.text)[-1][1]
+    assert last["load"] == pytest.approx(5 / 8)
+    assert last["speed"] == 4.0, "prefill time is not decode speed"
+    assert last["kv"] == [800, 840, 1600]
+    assert 0 < last["saved"] < 1
+
+
+def test_hostile_token_text_stays_one_json_line():
+    tape = Tape(SHAPE, "m")
+    nasty = 'a"\n</script><img src=x onerror=alert(1)>\u2028'
+    tape.add(step([[1], [1]]), [Piece(nasty)])
+    assert json.loads(tape.text.split("\n")[1])[1] == nasty
+
+
+def test_two_runs_never_share_a_header():
+    assert Tape(SHAPE, "m").text[:48] != Tape(SHAPE, "m").text[:48]
+
+
+@given(st.lists(st.booleans(), max_size=90))
+def test_bits_hold_every_decision(routed):
+    value = int(bits(routed), 16)
+    assert [bool(value >> at & 1) for at in range(len(routed))] == routed
+
+
+def test_a_stored_trace_makes_the_tape_of_its_run():
+    trace = RoutingTrace(4, (1, 2), info={
+        "title": "Example", "special": [0], "note": "A recorded run.",
+        "shape": {"depth": 4, "mod_layers": [1, 2], "layer_weights": 1, "head_weights": 1, "attention_width": 1,
+                  "router_weights": 1},
+    })
+    trace.append(step([[1, 1], [0, 0]], prefill=True), ["<s>", "Once"])
+    trace.append(step([[0], [1]]), [" upon"])
+    tape = tape_of_trace(RoutingTrace.from_json(trace.to_json()))
+    assert [record[1] for record in records(tape) if record[0] == "c"] == ["<s>", "Once", " upon"]
+    assert ending(tape) == "A recorded run."
+
+
+def test_per_layer_chart_counts_each_layer():
+    tape = Tape(SHAPE, "m")
+    tape.add(step([[1, 0], [0, 0]], prefill=True), [Piece("a"), Piece("b")])
+    assert list(load_per_layer(tape.text).data[0].y) == [1.0, 0.5, 0.0, 1.0]
+
+
+def test_sentences():
+    assert "2 ahead" in waiting_sentence(2)
+    assert waiting_sentence(0).startswith("Next in line")
+    assert [size(999), size(1500), size(2_500_000)] == ["999 B", "1.5 KB", "2.5 MB"]
+
+
+def test_counted_flops_fall_as_load_falls():
+    saved = []
+    for ran in (1, 0):
+        meter = CostMeter(SHAPE)
+        meter.add(step([[1] * 8, [ran] * 8], prefill=True))
+        meter.add(step([[ran], [ran]]))
+        saved.append(meter.saved)
+    assert saved[0] < saved[1]
+
+
+def test_all_run_costs_the_dense_parent_plus_its_routers():
+    meter = CostMeter(SHAPE)
+    meter.add(step([[1] * 8, [1] * 8], prefill=True))
+    meter.add(step([[1], [1]]))
+    assert meter.routed - meter.dense == 2 * 9 * 2 * SHAPE.router_weights

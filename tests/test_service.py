@@ -1,0 +1,200 @@
+"""The door between app and engine, without a browser: dials, queue, errors, freed places."""
+
+import threading
+import time
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import app.service as service_module
+from app.service import Limits, PieceReader, Request, Service, Turnstile, UserError
+from modification import MoDConfig, convert
+
+
+def byte_tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: at for at, token in enumerate(["<s>", "</s>", *alphabet])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random MoD model with scattered routers and a byte tokenizer, on disk."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = byte_tokenizer()
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=1,
+    ))
+    convert(model, MoDConfig())
+    with torch.no_grad():
+        for layer in model.model.layers[1:3]:
+            layer.router.weight.normal_()
+            layer.router.bias.zero_()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def service(folder):
+    return Service({"tiny": folder}, limits=Limits(running=1, waiting=1))
+
+
+def request(**changes):
+    return Request(**{"prompt": "Once upon a time", "model": "tiny", "max_new_tokens": 12, "seed": 3, **changes})
+
+
+def tape_of(updates):
+    return [update for update in updates if update.tape is not None][-1].tape
+
+
+def columns(tape):
+    import json
+    return [record for record in map(json.loads, tape.splitlines()) if record[0] == "c"]
+
+
+def test_a_run_streams_prompt_and_every_new_token(service):
+    made = columns(tape_of(service.run("one", 0.5, request())))
+    assert [column[5] for column in made] == ["p"] * 16 + ["n"] * 12
+    assert "".join(column[1] for column in made[:16]) == "Once upon a time"
+
+
+def test_the_dial_moved_in_mid_run_changes_the_tokens_that_follow(service):
+    run = service.run("one", 0.0, request(temperature=0.0))
+    for _ in range(6):
+        next(run)
+    service.set_p("one", 1.0)
+    made = columns(tape_of(run))
+    thresholds = [column[2] for column in made]
+    assert thresholds[0] == 0.0
+    assert thresholds[-1] == 1.0
+    assert made[0][4] == "3"
+    assert made[-1][4] == "0"
+
+
+def test_one_sessions_dial_is_not_anothers(service):
+    alone = columns(tape_of(service.run("a", 0.3, request())))
+    run = service.run("a", 0.3, request())
+    next(run)
+    service.set_p("b", 1.0)
+    assert columns(tape_of(run)) == alone
+
+
+def test_two_runs_at_once_give_what_each_gives_alone(folder):
+    service = Service({"tiny": folder}, limits=Limits(running=2))
+    wanted = {p: columns(tape_of(service.run("x", p, request()))) for p in (0.2, 0.7)}
+    got = {}
+
+    def go(p):
+        got[p] = columns(tape_of(service.run(f"user {p}", p, request())))
+
+    threads = [threading.Thread(target=go, args=(p,)) for p in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == wanted
+
+
+def test_who_waits_is_told_and_gets_in_when_the_first_leaves(service):
+    first = service.run("a", 0.5, request())
+    next(first)
+    second = service.run("b", 0.5, request())
+    assert next(second).waiting == 0
+    first.close()
+    assert columns(tape_of(second))
+
+
+def test_a_full_queue_is_a_sentence(service):
+    first, second = service.run("a", 0.5, request()), service.run("b", 0.5, request())
+    next(first)
+    next(second)
+    with pytest.raises(UserError, match="queue is full"):
+        next(service.run("c", 0.5, request()))
+    second.close()
+    first.close()
+
+
+def test_closing_a_run_frees_its_cache_and_its_place(service, monkeypatch):
+    made = []
+    model = service.open("tiny").model
+    new_cache = model.new_cache
+    monkeypatch.setattr(model, "new_cache", lambda: made.append(new_cache()) or made[-1], raising=False)
+    run = service.run("a", 0.5, request(max_new_tokens=50))
+    next(run)
+    next(run)
+    assert made[0].nbytes().stored > 0
+    run.close()
+    assert made[0].nbytes().allocated == 0
+    assert columns(tape_of(service.run("b", 0.5, request())))
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"prompt": "   "}, "prompt is empty"),
+    ({"prompt": "x" * 300_000}, "300,000 characters"),
+    ({"prompt": "long " * 200}, "context of 128"),
+    ({"model": ""}, "Choose a model"),
+    ({"model": "/no/such/folder"}, "neither a folder here nor a Hub id"),
+    ({"model": "../no/such"}, "neither a folder here nor a Hub id"),
+    ({"temperature": -1.0}, "temperature"),
+])
+def test_bad_input_is_a_sentence_and_the_place_is_free_again(service, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        list(service.run("a", 0.5, request(**changes)))
+    assert columns(tape_of(service.run("a", 0.5, request())))
+
+
+def test_a_folder_that_is_no_model_is_a_sentence(service, tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match="it has no config"):
+        list(service.run("a", 0.5, request(model=str(tmp_path))))
+
+
+def test_the_least_recent_model_is_dropped(folder, tmp_path):
+    service = Service({"a": folder, "b": folder, "c": folder}, limits=Limits(models=2))
+    first = service.open("a")
+    service.open("b")
+    assert service.open("a") is first
+    service.open("c")
+    assert service.open("a") is first, "used most recently but one"
+
+
+@pytest.mark.parametrize("text", ["plain words", " leading space", "naïve café", "雪の灯り 🏮 end", "\n\ttabs"])
+def test_pieces_add_up_to_the_text(text):
+    tokenizer = byte_tokenizer()
+    reader = PieceReader(tokenizer)
+    pieces = [reader.read(token) for token in tokenizer(text)["input_ids"]]
+    assert "".join(piece.text for piece in pieces) == text
+    assert reader.read(1).special
+
+
+def test_turnstile_lets_in_by_order_of_arrival():
+    gate, order = Turnstile(1, 10), []
+    tickets = [object() for _ in range(6)]
+    for ticket in tickets:
+        gate.join(ticket)
+
+    def go(at):
+        while gate.wait(tickets[at], 0.01) is not None:
+            time.sleep(0.001)
+        order.append(at)
+        gate.leave(tickets[at])
+
+    threads = [threading.Thread(target=go, args=(at,)) for at in reversed(range(6))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert order == list(range(6))
+
+
+def test_service_holds_no_state_on_its_module():
+    assert not [name for name, value in vars(service_module).items() if isinstance(value, (list, dict, set))
+                and not name.startswith("__")]
