@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from app.present import Piece, Tape, tape_of_trace
-from modification import LoadError, MoDModel, RoutingTrace, Step, generate, load
+from modification import ConversionError, LoadError, MoDModel, RoutingTrace, Step, generate, load
 from modification.config import check_threshold
 from modification.measure.cost import ModelShape
 
@@ -205,7 +205,7 @@ class Service:
             if key not in self._models:
                 try:
                     model, tokenizer = load(self.shipped.get(key, key))
-                except LoadError as error:
+                except (LoadError, ConversionError) as error:
                     raise UserError(str(error)) from error
                 assert isinstance(model, MoDModel)
                 while len(self._models) >= self.limits.models:

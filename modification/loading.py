@@ -63,6 +63,7 @@ def load_dense_or_mod(
     weights: dict[str, Any] = {"use_safetensors": True, "dtype": dtype or "auto", "device_map": device_map}
     if quantization is not None:
         weights["quantization_config"] = _quantization(quantization)
+        weights["dtype"] = dtype or torch.bfloat16  # what is not quantised; fp16 crawls on CPUs
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **options, **weights)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)

@@ -65,9 +65,12 @@ class MoDModel(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: RaggedCache | None = None,
         inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         p: Threshold | None = None,
         routing: str | None = None,
         output_router_scores: bool = False,
@@ -98,8 +101,9 @@ class MoDModel(PreTrainedModel, GenerationMixin):
         call = self._routing_call(given, attention_mask, past_key_values, p, routing)
         call.record = output_router_scores
         out = super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, return_dict=True, **{CALL: call}, **kwargs,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
+            logits_to_keep=logits_to_keep, return_dict=True, **{CALL: call}, **kwargs,
         )
         if past_key_values is not None:
             past_key_values.advance(given.shape[1])
@@ -186,6 +190,11 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
     family = family_of(model)
     settings: Any = model.config
     config.layer_indices(settings.num_hidden_layers)
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ConversionError(
+            f"{type(model).__name__} is spread over devices by hooks that would bypass routing: convert it on one "
+            "device, save it, then load the converted folder with a device map"
+        )
     before = _probe(model)
     dense_config: Any = type(settings)
     dense_class: Any = type(model)

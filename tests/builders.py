@@ -231,7 +231,8 @@ def paper_hooks(dense: Any, mod: Any) -> Iterator[None]:
         return hook
 
     for index, router in zip(mod.mod_layers, routers(mod), strict=True):
-        handles.append(layers[index].register_forward_pre_hook(remember(index, copy.deepcopy(router)), with_kwargs=True))
+        note = remember(index, copy.deepcopy(router))
+        handles.append(layers[index].register_forward_pre_hook(note, with_kwargs=True))
         handles.append(getattr(layers[index], family.attention).register_forward_hook(scale(index)))
         handles.append(getattr(layers[index], family.mlp).register_forward_hook(scale(index)))
     try:

@@ -142,8 +142,8 @@ def _trainer(
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch,
         use_cpu=not cuda, bf16=cuda or recipe.bf16, save_steps=max(20, min(200, recipe.steps // 10)),
-        save_total_limit=2, logging_steps=10, report_to="none", disable_tqdm=True, remove_unused_columns=False, seed=recipe.seed,
-        dataloader_drop_last=True,
+        save_total_limit=2, logging_steps=10, report_to="none", disable_tqdm=True, remove_unused_columns=False,
+        seed=recipe.seed, dataloader_drop_last=True,
     )
     optimizer = _optimizer(model, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, recipe))

@@ -1,0 +1,251 @@
+"""RaggedCache: lengths, bytes and growth, and the stock cache operations that decoding methods rely on."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from builders import ALL, FEW, assert_close, dense_model, in_chunks, mod_model, padded, safe_threshold, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from modification import MoDConfig, RaggedCache
+from modification.cache import GrowingLayer, RaggedLayer
+
+few_families = pytest.mark.parametrize("variant", FEW)
+every_kv = pytest.mark.parametrize("kv", ["evict", "keep"])
+
+
+def filled(model, ids, p, **call):
+    """A cache that has seen ids [B, T]."""
+    cache = model.new_cache()
+    model(ids, past_key_values=cache, p=p, **call)
+    return cache
+
+
+# Bytes
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_dense_bytes_are_what_the_dense_parent_stores(variant):
+    """Counted on the dense model's own cache; at p = 0 the MoD model stores as much."""
+    dense, model, ids = dense_model(variant, sliding_window=None), mod_model(variant, sliding_window=None), tokens(2)
+    if variant == "gpt2":
+        dense, model = dense_model(variant), mod_model(variant)
+    parent = dense(ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in parent.layers)
+    assert filled(model, ids, 0.0).nbytes().dense == held
+    assert filled(model, ids, 0.0).nbytes().stored == held
+    assert filled(model, ids, 0.6).nbytes().dense == held
+
+
+@every_kv
+def test_stored_bytes_are_the_entries_times_their_size(kv):
+    """Two dense layers hold every token, MoD layers what ``lengths`` says."""
+    model, ids = mod_model("llama", MoDConfig(kv=kv)), tokens(3)
+    cache = filled(model, ids, 0.5)
+    entries = 2 * ids.numel() + sum(sum(rows) for rows in cache.lengths().values())
+    assert cache.nbytes().stored == entries * cache.entry_bytes
+    assert cache.nbytes().stored < cache.nbytes().dense or kv == "keep"
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("prompt", [1, 64])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_allocated_bytes_stay_within_a_tenth_of_stored(p, prompt, batch):
+    """From 64 tokens on, at every step of growth token by token."""
+    model, ids, cache = mod_model("llama"), tokens(batch, 150), None
+    cache = model.new_cache()
+    start = 0
+    for end in range(prompt, 151):
+        model(ids[:, start:end], past_key_values=cache, p=p)
+        start = end
+        size = cache.nbytes()
+        assert size.stored <= size.allocated
+        if end >= 64:
+            assert size.allocated <= 1.1 * size.stored
+
+
+def test_an_empty_cache_holds_nothing():
+    """No bytes, no length, before the first call and after reset."""
+    model = mod_model("llama")
+    cache = model.new_cache()
+    for _ in range(2):
+        assert (cache.nbytes().stored, cache.nbytes().allocated, cache.nbytes().dense) == (0, 0, 0)
+        assert cache.get_seq_length() == 0
+        model(tokens(2), past_key_values=cache, p=0.5)
+        assert cache.get_seq_length() == 14
+        cache.reset()
+
+
+def test_the_sequence_length_counts_skipped_tokens_too():
+    """Every layer reports the tokens seen, stored or not."""
+    model = mod_model("llama", MoDConfig(anchors=0))
+    cache = filled(model, tokens(2), 1.0)
+    assert [layer.get_seq_length() for layer in cache.layers] == [14] * 5
+    assert cache.get_mask_sizes(3, 2) == (17, 0)
+    assert sum(map(sum, cache.lengths().values())) == 0
+
+
+# Crop, reorder, select, repeat: equal to recomputation
+
+
+@few_families
+@every_kv
+@pytest.mark.parametrize("removed", [1, 5, 13])
+def test_crop_is_never_having_seen_the_tokens(variant, kv, removed):
+    """After crop(-n) another continuation gives the logits of a fresh pass."""
+    model, ids = mod_model(variant, MoDConfig(kv=kv)), tokens(2)
+    kept = ids.shape[1] - removed
+    other = torch.cat([ids[:, :kept], tokens(2, 6, seed=8)], 1)
+    p = safe_threshold(model, other)
+    cache = filled(model, ids, p)
+    cache.crop(-removed)
+    assert cache.get_seq_length() == kept
+    assert cache.lengths() == filled(model, ids[:, :kept], p).lengths()
+    assert cache.nbytes().stored == filled(model, ids[:, :kept], p).nbytes().stored
+    assert_close(model(other[:, kept:], past_key_values=cache, p=p).logits, model(other, p=p).logits[:, kept:])
+
+
+def test_crop_of_everything_leaves_an_empty_cache():
+    """The cache serves a new text as a fresh one would."""
+    model, ids = mod_model("llama"), tokens(2)
+    cache = filled(model, tokens(2, 9, seed=3), 0.5)
+    cache.crop(-9)
+    assert cache.get_seq_length() == 0
+    assert cache.nbytes().stored == 0
+    assert_close(model(ids, past_key_values=cache, p=0.5).logits, model(ids, p=0.5).logits)
+
+
+def test_crop_of_nothing_changes_nothing():
+    """crop(0) is a no-op."""
+    model, ids = mod_model("llama"), tokens(2)
+    cache = filled(model, ids, 0.5)
+    before = cache.lengths()
+    cache.crop(0)
+    assert cache.get_seq_length() == 14
+    assert cache.lengths() == before
+
+
+def test_a_positive_crop_is_refused():
+    """The stock contract: tokens to remove, as a negative number."""
+    with pytest.raises(ValueError, match="negative number"):
+        filled(mod_model("llama"), tokens(2), 0.5).crop(3)
+
+
+@few_families
+@every_kv
+@pytest.mark.parametrize("order", [[1, 0, 2], [2, 2, 0], [1], [0, 1, 2, 2, 1]])
+@pytest.mark.parametrize("operation", ["reorder_cache", "batch_select_indices"])
+def test_chosen_rows_are_those_rows_recomputed(variant, kv, order, operation):
+    """Any order, repeats and omissions, on a padded batch; rows chosen twice then grow apart."""
+    model = mod_model(variant, MoDConfig(kv=kv))
+    batch = padded([tokens(1, length, at)[0] for at, length in enumerate((9, 4, 7))], "left")
+    mask, position_ids = batch["attention_mask"], batch["position_ids"]
+    cache = model.new_cache()
+    model(**batch, past_key_values=cache, p=0.5)
+    getattr(cache, operation)(torch.tensor(order))
+    longer = torch.cat([batch["input_ids"][order], tokens(len(order), 3, seed=8)], 1)
+    longer_mask = torch.cat([mask[order], torch.ones(len(order), 3, dtype=torch.long)], 1)
+    places = torch.cat([position_ids[order], position_ids[order, -1:] + torch.arange(1, 4)], 1)
+    whole = model(longer, attention_mask=longer_mask, position_ids=places, p=0.5).logits[:, 9:]
+    for at in range(3):
+        end = 10 + at
+        piece = model(
+            longer[:, end - 1 : end], attention_mask=longer_mask[:, :end], position_ids=places[:, end - 1 : end],
+            past_key_values=cache, p=0.5,
+        )
+        assert_close(piece.logits[:, 0], whole[:, at])
+
+
+@few_families
+def test_repeated_rows_are_those_rows_recomputed(variant):
+    """batch_repeat_interleave(2): each row twice, side by side."""
+    model, ids = mod_model(variant), tokens(2)
+    cache = filled(model, ids, 0.5)
+    cache.batch_repeat_interleave(2)
+    longer = torch.cat([ids.repeat_interleave(2, 0), tokens(4, 2, seed=8)], 1)
+    assert_close(model(longer[:, 14:], past_key_values=cache, p=0.5).logits, model(longer, p=0.5).logits[:, 14:])
+
+
+@pytest.mark.parametrize("operation", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop"])
+def test_operations_work_where_no_token_was_stored(operation):
+    """At p = 1 without anchors MoD layers hold nothing; rows can be chosen, repeated and cropped all the same."""
+    model, ids = mod_model("llama", MoDConfig(anchors=0)), tokens(2)
+    cache = filled(model, ids, 1.0)
+    operand = {"batch_repeat_interleave": 2, "crop": -1}.get(operation, torch.tensor([1, 0]))
+    getattr(cache, operation)(operand)
+    kept = {
+        "batch_repeat_interleave": ids.repeat_interleave(2, 0), "crop": ids[:, :-1],
+    }.get(operation, ids[[1, 0]])
+    longer = torch.cat([kept, tokens(len(kept), 2, seed=8)], 1)
+    new = model(longer[:, kept.shape[1] :], past_key_values=cache, p=0.3).logits
+    expected = in_chunks_at(model, longer, kept.shape[1])
+    assert_close(new, expected)
+
+
+def in_chunks_at(model, ids, first):
+    """Logits of the second part, the first having run at p = 1 and the second at 0.3."""
+    cache = filled(model, ids[:, :first], 1.0)
+    return model(ids[:, first:], past_key_values=cache, p=0.3).logits
+
+
+def test_a_copied_cache_grows_on_its_own():
+    """deepcopy shares nothing."""
+    model, ids = mod_model("llama"), tokens(2)
+    cache = filled(model, ids, 0.5)
+    other = copy.deepcopy(cache)
+    before = cache.lengths()
+    model(tokens(2, 5, seed=4), past_key_values=other, p=0.0)
+    assert cache.lengths() == before
+    assert cache.get_seq_length() == 14
+    assert other.get_seq_length() == 19
+
+
+# Misuse
+
+
+def test_a_batch_of_another_size_is_refused():
+    """The error names both sizes."""
+    model = mod_model("llama", MoDConfig(layers=[0, 1, 2, 3, 4]))
+    with pytest.raises(ValueError, match="holds a batch of 2, not of 3"):
+        model(tokens(3), past_key_values=filled(model, tokens(2), 0.0), p=0.0)
+
+
+def test_a_ragged_layer_is_not_written_behind_the_model_s_back():
+    """The base model alone carries no routing; the error says to call the model."""
+    model = mod_model("llama")
+    with pytest.raises(RuntimeError, match="call the model"):
+        model.model(tokens(1), past_key_values=model.new_cache(), use_cache=True)
+
+
+def test_layers_are_ragged_where_they_route():
+    """Dense layers grow, MoD layers are ragged."""
+    cache = RaggedCache(4, (1, 2), 128)
+    assert [type(layer) for layer in cache.layers] == [GrowingLayer, RaggedLayer, RaggedLayer, GrowingLayer]
+    assert cache.lengths() == {1: [], 2: []}
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6))
+def test_a_growing_layer_returns_what_concatenation_would(sizes):
+    """Whatever the pieces, and with little room to spare."""
+    layer, parts = GrowingLayer(), []
+    for at, size in enumerate(sizes):
+        keys = torch.randn(2, 3, size, 4, generator=torch.Generator().manual_seed(at))
+        parts.append(keys)
+        stored, values = layer.update(keys, -keys)
+        assert torch.equal(stored, torch.cat(parts, 2))
+        assert torch.equal(values, -stored)
+    held, allocated = layer.nbytes()
+    assert held == 2 * stored.nbytes
+    assert held <= allocated <= held * 17 / 16
+
+
+def test_chunks_of_any_size_store_the_same():
+    """Lengths don't depend on how the tokens came."""
+    model, ids = mod_model("llama"), tokens(2)
+    lengths = [in_chunks(model, ids, sizes, p=0.5)["cache"].lengths() for sizes in ([14], [1] * 14, [3, 11])]
+    assert lengths[0] == lengths[1] == lengths[2]
