@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from modification.measure.cost import CostMeter, ModelShape
 from modification.trace import RoutingTrace, Step
 
-MEASURED, ESTIMATED = "measured", "estimated"
+RECENT = 32  # tokens over which load and speed are averaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class Tape:
     ran: int = 0
     scored: int = 0
     new_tokens: int = 0
-    decode_seconds: float = 0.0
+    recent: deque[Step] = field(default_factory=lambda: deque(maxlen=RECENT))
     meter: CostMeter = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +66,7 @@ class Tape:
         self.scored += step.routed.size
         if not step.prefill:
             self.new_tokens += 1
-            self.decode_seconds += step.seconds
+            self.recent.append(step)
         for at, piece in enumerate(pieces):
             kind = "s" if piece.special else ("p" if step.prefill else "n")
             scores = "".join(f"{round(float(g) * 255):02x}" for g in step.scores[:, at])
@@ -76,13 +79,18 @@ class Tape:
         self._add("s", state, text)
 
     def figures(self, step: Step) -> dict[str, Any]:
-        """The live figures after ``step``: raw numbers; the view adds unit and label."""
+        """The live figures after ``step``: raw numbers; the view adds unit and label.
+
+        Load and speed are those of the last tokens, so that they answer when p moves.
+        """
+        latest = self.recent or [step]
+        seconds = sum(one.seconds for one in self.recent)
         return {
-            "load": round(self.ran / self.scored, 4) if self.scored else 1.0,
-            "speed": round(self.new_tokens / self.decode_seconds, 2) if self.decode_seconds else None,
+            "load": round(float(np.mean([one.load for one in latest])), 4),
+            "total": round(self.ran / self.scored, 4) if self.scored else 1.0,
+            "speed": round(len(self.recent) / seconds, 2) if seconds else None,
             "kv": [step.kv_stored, step.kv_allocated, step.kv_dense],
             "saved": round(self.meter.saved, 4),
-            "prefill": round(step.seconds, 4) if step.prefill else None,
             "tokens": self.columns,
         }
 

@@ -26,7 +26,7 @@ A chat-shaped storyteller of {f['parameters'] / 1e6:.1f} M parameters: Llama arc
 | held-out bits per byte of text | {f['bits_per_byte']:.3f} |
 
 Held out: the first {f['held_out_tokens']:,} tokens of the {f['val_documents']} val documents, in blocks of 512, so
-that every block starts without its past; ± is the standard error over blocks. Made by `python assets/make_pair.py`.
+that every block starts without its past; ± is the standard error over blocks. Made by `assets/make_pair.py`.
 
 It writes English with a story's shape. It has seen little: names drift, plots wander, facts are invented. It is a
 demonstration of routing, not an assistant.

@@ -1,6 +1,6 @@
 """Make the shipped pair from text: dense parent, any-p conversion, cards, example traces. Resumable.
 
-    python assets/make_pair.py TEXT.jsonl[.xz] [--name Llama-Storyteller-10M] [--work runs/storyteller]
+    PYTHONPATH=. python assets/make_pair.py TEXT.jsonl[.xz] [--name Llama-Storyteller-10M] [--work runs/storyteller]
 
 TEXT holds one JSON object a line with `prompt` and `response`, and `split` "train" or "val". Any text of
 that form makes another pair: give it another --name (a model trained on text that Llama wrote must start
@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from cards import dense_card, mod_card
-from make_parent import STEP_TOKENS, make_parent
+from make_parent import TOKENS, make_parent, tokens_seen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.service import Loaded, Request, record
-from modification import MoDConfig, load
+from modification import MoDConfig, convert, load
 from modification.conversion.data import pack, read_documents
 from modification.conversion.recipes import AnyP
 from modification.conversion.train import train
@@ -32,7 +32,7 @@ from modification.measure.cost import ModelShape
 from modification.measure.quality import Quality, evaluate
 
 ASSETS = Path(__file__).resolve().parent
-HELD_OUT_BLOCKS = 128
+HELD_OUT_BLOCKS = 64
 EXAMPLE = "Write a bedtime story called `The Lantern in the Snow`."
 
 
@@ -44,7 +44,7 @@ def make_pair(text: Path, name: str, work: Path, parent_tokens: int, mod_tokens:
     converted = work / "mod"
     if not (converted / "report.json").is_file():
         _convert(text, parent, tokenizer, held_out, converted, mod_tokens)
-    facts = _measure(text, parent, tokenizer, held_out, converted, parent_tokens, mod_tokens, name)
+    facts = _measure(text, parent, tokenizer, held_out, converted, work, name)
     _ship(AutoModelForCausalLM.from_pretrained(parent), tokenizer, ASSETS / name, dense_card(facts))
     _ship(load(converted)[0], tokenizer, ASSETS / f"{name}-MoD", mod_card(facts))
     shutil.copy(converted / "report.json", ASSETS / f"{name}-MoD" / "report.json")
@@ -52,7 +52,7 @@ def make_pair(text: Path, name: str, work: Path, parent_tokens: int, mod_tokens:
 
 
 def _convert(text: Path, parent: Path, tokenizer: Any, held_out: np.ndarray, out: Path, tokens: int) -> None:
-    recipe = AnyP(tokens=tokens, block=512, batch=8, lr=1e-3, bf16=torch.cpu._is_avx512_bf16_supported())
+    recipe = AnyP(tokens=tokens, block=512, batch=4, lr=1e-3, bf16=torch.cpu._is_avx512_bf16_supported())
     documents = list(read_documents(text, tokenizer, "train"))
     np.random.default_rng(1).shuffle(documents)
     blocks = pack(documents, recipe.block, tokens)
@@ -61,18 +61,17 @@ def _convert(text: Path, parent: Path, tokenizer: Any, held_out: np.ndarray, out
 
 
 def _measure(
-    text: Path, parent: Path, tokenizer: Any, held_out: np.ndarray, converted: Path, parent_tokens: int,
-    mod_tokens: int, name: str,
+    text: Path, parent: Path, tokenizer: Any, held_out: np.ndarray, converted: Path, work: Path, name: str
 ) -> dict[str, Any]:
     """The figures that the cards quote, all measured here on the val split."""
     report = json.loads((converted / "report.json").read_text())
-    dense, _ = load(parent)
+    dense: Any = convert(AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32).eval())
     loss: Quality = evaluate(dense, held_out, 0.0)
     lines = [len(ids) for ids in read_documents(text, tokenizer, "val")]
     ids = np.concatenate([np.asarray(d) for d in read_documents(text, tokenizer, "val")])
     per_byte = len(tokenizer.decode(ids, skip_special_tokens=True).encode()) / len(ids)
     return {
-        "name": name, "parent_tokens": parent_tokens // STEP_TOKENS * STEP_TOKENS, "mod_tokens": mod_tokens,
+        "name": name, "parent_tokens": tokens_seen(work), "mod_tokens": report["tokens"],
         "parameters": sum(p.numel() for n, p in dense.named_parameters() if ".router." not in n),
         "dense_loss": loss.loss, "dense_error": loss.error, "bits_per_byte": loss.loss / math.log(2) / per_byte,
         "bytes_per_token": per_byte, "held_out_tokens": int(held_out.size), "val_documents": len(lines),
@@ -112,8 +111,8 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--name", default="Llama-Storyteller-10M")
     parser.add_argument("--work", type=Path, default=Path("runs/storyteller"))
-    parser.add_argument("--parent-tokens", type=int, default=10_400_000)
-    parser.add_argument("--mod-tokens", type=int, default=2_000_000)
+    parser.add_argument("--parent-tokens", type=int, default=TOKENS)
+    parser.add_argument("--mod-tokens", type=int, default=1_000_000)
     arguments = parser.parse_args()
     make_pair(arguments.text, arguments.name, arguments.work, arguments.parent_tokens, arguments.mod_tokens)
 

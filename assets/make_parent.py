@@ -1,6 +1,6 @@
 """Train the dense storyteller from text: tokenizer, then weights. Resumable.
 
-    python assets/make_parent.py TEXT.jsonl[.xz] --work runs/storyteller
+    PYTHONPATH=. python assets/make_parent.py TEXT.jsonl[.xz] [--work runs/storyteller]
 
 TEXT holds one JSON object a line with `prompt` and `response`; rows whose `split`
 is "val" are left out. Run it again after an interruption and it goes on from the
@@ -28,6 +28,8 @@ from modification.conversion.data import Blocks, pack, read_documents
 VOCABULARY = 4096
 CONTEXT = 2048
 STEP_TOKENS = 8192
+TOKENS = 10_020_000
+SHORT_SHARE = 0.779  # of the tokens are seen in short blocks, which train faster; the rest in full contexts
 SPECIAL = ["<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>{% endfor %}"
@@ -114,7 +116,7 @@ def train(model: LlamaForCausalLM, blocks: np.ndarray, out: Path, lr: float, sha
     (out / "log.json").write_text(json.dumps(trainer.state.log_history))
 
 
-def make_parent(text: Path, work: Path, tokens: int, lr: float = 4e-3) -> Path:
+def make_parent(text: Path, work: Path, tokens: int = TOKENS, lr: float = 4e-3) -> Path:
     """Train in two stages: short blocks at a steady rate, then full contexts while it decays."""
     tokenizer = make_tokenizer(text, work / "tokenizer")
     model = make_model(tokenizer)
@@ -122,8 +124,8 @@ def make_parent(text: Path, work: Path, tokens: int, lr: float = 4e-3) -> Path:
     np.random.default_rng(0).shuffle(documents)
     stream = iter(documents)
     stages: list[tuple[str, int, int, Callable[[float], float]]] = [
-        ("short", 512, int(tokens * 0.75), lambda t: min(1.0, t / 0.05 + 0.01)),
-        ("long", CONTEXT, tokens - int(tokens * 0.75), lambda t: max(0.02, 1 - t)),
+        ("short", 512, int(tokens * SHORT_SHARE), lambda t: min(1.0, t / 0.05 + 0.01)),
+        ("long", CONTEXT, tokens - int(tokens * SHORT_SHARE), lambda t: max(0.02, 1 - t)),
     ]
     for name, block, budget, shape in stages:
         blocks = pack(stream, block, budget)
@@ -132,6 +134,12 @@ def make_parent(text: Path, work: Path, tokens: int, lr: float = 4e-3) -> Path:
             train(model, blocks, out, lr, shape)
         model = LlamaForCausalLM.from_pretrained(out / "final", dtype=torch.float32)
     return work / stages[-1][0] / "final"
+
+
+def tokens_seen(work: Path) -> int:
+    """Training tokens of the finished stages under ``work``."""
+    logs = [json.loads(path.read_text()) for path in work.glob("*/log.json")]
+    return sum(log[-1]["step"] * STEP_TOKENS for log in logs)
 
 
 def _texts(text: Path) -> Iterator[str]:
@@ -146,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/storyteller"))
-    parser.add_argument("--tokens", type=int, default=10_400_000, help="training tokens (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="training tokens (default: %(default)s)")
     arguments = parser.parse_args()
     print(make_parent(arguments.text, arguments.work, arguments.tokens))
 

@@ -238,6 +238,8 @@ class RaggedLayer(_Layer):
         return len(self.rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        if not self.rows:
+            return
         chosen = indices.tolist()
         # A row chosen twice must grow in two places.
         self.rows = [self.rows[i] if chosen.index(i) == at else self.rows[i].copy() for at, i in enumerate(chosen)]
@@ -259,17 +261,19 @@ class Slots:
     """What a MoD layer hands to its attention as the cache: stores new entries, returns all keys.
 
     Attributes:
-        key_columns: columns of the keys that ``update`` will return, [R, K].
-        past: of those K, how many were stored before (padding included).
+        past: keys that were stored before, padding included; ``update`` returns them and the N new ones.
     """
 
     def __init__(self, rows: list[Row], columns: Tensor, stored: Tensor | None) -> None:
         self._rows, self._columns, self._stored = rows, columns, stored
         self._whole = len(rows) == 1 and stored is None
         self.past = max(row.length for row in rows)
-        past = _stack_columns(rows, self.past, columns)
-        # Entries that will not be stored are fillers unless the caller says otherwise.
-        self.key_columns = torch.cat([past, columns], dim=1) if self.past else columns
+
+    def key_columns(self) -> Tensor:
+        """Columns of the keys that ``update`` will return, [R, past + N]; ask before it."""
+        if not self.past:
+            return self._columns
+        return torch.cat([_stack_columns(self._rows, self.past, self._columns), self._columns], dim=1)
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store [R, H, N, D] and return the keys and values to attend over, [R, H, K, D]."""
@@ -318,7 +322,7 @@ class RaggedCache(Cache):
     def nbytes(self) -> KVBytes:
         """Bytes stored, allocated, and what the dense parent would store."""
         sizes = [layer.nbytes() for layer in self.layers]
-        rows = max(layer.batch_rows() for layer in self.layers)
+        rows = max(1, *(layer.batch_rows() for layer in self.layers))
         dense = len(self.layers) * rows * self.layers[0].seen * self.entry_bytes
         return KVBytes(sum(stored for stored, _ in sizes), sum(allocated for _, allocated in sizes), dense)
 

@@ -25,9 +25,9 @@ from modification.model import MoDModel
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 2 and a sentence on bad input."""
     arguments = _parser().parse_args(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     try:
+        if arguments.threads is not None:
+            _set_threads(arguments.threads)
         arguments.run(arguments)
     except (LoadError, ConversionError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -36,6 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _set_threads(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"--threads {count}: must be 1 or more")
+    torch.set_num_threads(count)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -47,6 +53,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         tokens=arguments.tokens, block=arguments.block, batch=arguments.batch, lr=arguments.lr, bf16=arguments.bf16,
         seed=arguments.seed,
     )
+    if arguments.held_out < 1:
+        raise ValueError(f"--held-out {arguments.held_out}: must be 1 block or more")
     documents = read_documents(arguments.data, tokenizer, arguments.split)
     wanted = arguments.tokens + arguments.held_out * recipe.block
     blocks = pack(documents, recipe.block, wanted)
@@ -124,7 +132,7 @@ def _layers(text: str) -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="modification", description="Mixture-of-Depths models with a dial.")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     convert = commands.add_parser("convert", help="convert a dense model and train it for every p")

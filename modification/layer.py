@@ -57,7 +57,7 @@ class MoDLayer(nn.Module):
         stays = run if call.config.kv == "evict" else call.real(run)
         columns = call.columns.to(x.device).expand(run.shape)
         slots = None if store is None else store.open(len(run), range(len(run)), columns, stays)
-        mask = self._visible(columns, columns if slots is None else slots.key_columns)
+        mask = self._visible(columns, columns if slots is None else slots.key_columns())
         # A token sees itself even where it is skipped: what it would have been had it run.
         own = torch.eye(run.shape[1], dtype=torch.bool, device=x.device)
         mask[..., mask.shape[-1] - run.shape[1] :] &= stays[:, None, None, :] | own
@@ -77,8 +77,8 @@ class MoDLayer(nn.Module):
         if chosen is None:
             return x
         columns = call.columns.to(x.device)[chosen.index]
-        slots, key_columns = _open(store, len(run), columns, chosen)
-        arguments = self._arguments(kwargs, slots, self._gathered_mask(columns, key_columns, chosen))
+        slots = None if store is None else _open(store, len(run), columns, chosen)
+        arguments = self._arguments(kwargs, slots, self._gathered_mask(columns, slots, chosen, call))
         if chosen.index.shape == run.shape and chosen.filled is None:
             return self._block(x, gate, call, arguments)
         arguments.update(_gathered_positions(kwargs, chosen))
@@ -91,8 +91,7 @@ class MoDLayer(nn.Module):
         chosen = select(skipped)
         if chosen is None:
             return
-        slots, _ = _open(store, len(skipped), call.columns.to(x.device)[chosen.index], chosen)
-        assert slots is not None
+        slots = _open(store, len(skipped), call.columns.to(x.device)[chosen.index], chosen)
         position = _gathered_positions(kwargs, chosen).get("position_embeddings")
         slots.update(*self.family.keys_values(self, chosen.gather(x), position))
 
@@ -111,13 +110,17 @@ class MoDLayer(nn.Module):
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
         return {**kwargs, self.family.cache_argument: slots, "attention_mask": mask}
 
-    def _gathered_mask(self, columns: Tensor, key_columns: Tensor, chosen: Selection) -> Tensor | None:
+    def _gathered_mask(
+        self, columns: Tensor, slots: Slots | None, chosen: Selection, call: RoutingCall
+    ) -> Tensor | None:
         """None where the kernel's own rule (all keys, or causal from the first) is already right."""
-        queries, keys = columns.shape[1], key_columns.shape[1]
-        plain = len(chosen.rows) == 1 and queries in (1, keys) and self._kernel() == "sdpa" and self.window is None
-        if plain:
+        past = 0 if slots is None else slots.past
+        plain = self._kernel() == "sdpa" and self.window is None and len(chosen.rows) == 1
+        # A lone query sees all keys, unless the call has stored skipped tokens that come after it.
+        last = columns.shape[1] == 1 and (call.config.kv == "evict" or len(call.columns) == 1)
+        if plain and (last or not past):
             return None
-        mask = self._visible(columns, key_columns)
+        mask = self._visible(columns, _own_columns(columns, chosen) if slots is None else slots.key_columns())
         if chosen.filled is not None:
             mask |= ~chosen.filled[:, None, :, None]  # fillers are thrown away; keep their softmax finite
         return mask
@@ -135,14 +138,14 @@ class MoDLayer(nn.Module):
         return kernel
 
 
-def _open(store: RaggedLayer | None, batch: int, columns: Tensor, chosen: Selection) -> tuple[Slots | None, Tensor]:
-    """A cache window for the chosen tokens, and the columns of all keys they will meet, [R, K]."""
-    if chosen.filled is not None:
-        columns = columns.masked_fill(~chosen.filled, NOWHERE)
-    if store is None:
-        return None, columns
-    slots = store.open(batch, chosen.rows.tolist(), columns, chosen.filled)
-    return slots, slots.key_columns
+def _own_columns(columns: Tensor, chosen: Selection) -> Tensor:
+    """Columns of the chosen tokens as keys, [R, N]; fillers are nowhere."""
+    return columns if chosen.filled is None else columns.masked_fill(~chosen.filled, NOWHERE)
+
+
+def _open(store: RaggedLayer, batch: int, columns: Tensor, chosen: Selection) -> Slots:
+    """A cache window for the chosen tokens."""
+    return store.open(batch, chosen.rows.tolist(), _own_columns(columns, chosen), chosen.filled)
 
 
 def _gathered_positions(kwargs: Arguments, chosen: Selection) -> Arguments:

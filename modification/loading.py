@@ -67,7 +67,7 @@ def load_dense_or_mod(
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **options, **weights)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except Exception as error:  # whatever a damaged or hostile folder makes the readers raise
         raise LoadError(f"{path_or_hub_id} could not be loaded: {_first_line(error)}") from error
     return model.eval(), tokenizer
 
@@ -79,7 +79,10 @@ def resolve(path_or_hub_id: str | Path) -> str:
         LoadError: neither, or a folder without a usable config.
     """
     text = str(path_or_hub_id)
-    folder = Path(text).expanduser()
+    try:
+        folder = Path(text).expanduser()
+    except RuntimeError:  # ~someone who does not exist
+        folder = Path(text)
     if folder.is_dir():
         check_folder(folder)
         return str(folder)

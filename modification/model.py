@@ -17,7 +17,7 @@ from modification.architectures import FAMILIES, ConversionError, Family, entry_
 from modification.cache import RaggedCache
 from modification.config import MoDConfig, check_threshold
 from modification.layer import CALL, MoDLayer, routed_class
-from modification.routing import INITIAL_BIAS, Router, RoutingCall
+from modification.routing import INITIAL_BIAS, OPEN, Router, RoutingCall
 
 PREFIX = "mod_"  # a converted model's type is its family's with this in front
 PATHS = ("gathered", "masked")
@@ -188,6 +188,8 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
         raise ConversionError(f"{type(model).__name__} is a MoD model already: restore(model) first to convert anew")
     config = config or MoDConfig()
     family = family_of(model)
+    if not isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
+        raise ConversionError(f"{type(model).__name__}: looked for a causal language model with a head, found none")
     settings: Any = model.config
     config.layer_indices(settings.num_hidden_layers)
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
@@ -202,7 +204,11 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
     settings.mod = config.to_dict()
     model.__class__ = mod_model_class(dense_class, family)
     _install(model, config)
-    difference = (_probe_open(model) - before).abs().max().item()
+    try:
+        difference = (_probe_open(model) - before).abs().max().item()
+    except Exception:
+        restore(model)
+        raise
     if not difference <= _tolerance(before):
         restore(model)
         raise ConversionError(
@@ -293,9 +299,10 @@ def _places(
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, **kwargs: Any) -> Tensor:
-    """Logits of a short fixed input, [1, 16, V]."""
+    """Logits of a short fixed input, [1, T, V] with T = 16 or the context if that is shorter."""
     config: Any = model.config
-    ids = torch.arange(16, device=model.device)[None] % config.vocab_size
+    length = min(16, getattr(config, "max_position_embeddings", None) or 16)
+    ids = torch.arange(length, device=model.device)[None] % config.vocab_size
     training = model.training
     model.eval()
     try:
@@ -311,7 +318,7 @@ def _probe_open(model: Any) -> Tensor:
     routers = [layer.router for layer in model.family.decoder_layers(model) if isinstance(layer, MoDLayer)]
     saved = [router.bias.clone() for router in routers]
     for router in routers:
-        router.bias.fill_(40.0)
+        router.bias.fill_(OPEN)
     try:
         return _probe(model, p=0.0)
     finally:

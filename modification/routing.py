@@ -17,6 +17,7 @@ from modification.config import MoDConfig
 # Fresh routers open wide: sigmoid(2) = 0.88 lets tokens run up to p = 0.88; the paper's gate
 # scales the block, so it starts nearer to 1 (sigmoid(4) = 0.98).
 INITIAL_BIAS = {"straight_through": 2.0, "paper": 4.0}
+OPEN = 40.0  # a logit at which the gate is 1 in float32
 _WEIGHT_STD = 0.02
 _P_FLOOR = 1e-4
 
@@ -45,7 +46,9 @@ class Router(nn.Module):
         # Mixed precision must not touch the score: it is compared with p.
         with torch.autocast(x.device.type, enabled=False):
             normed = F.rms_norm(x.float(), x.shape[-1:])
-            return F.linear(normed, self.weight.float(), self.bias.float()).squeeze(-1)
+            logit = F.linear(normed, self.weight.float(), self.bias.float()).squeeze(-1)
+        # A broken router must not lose tokens: NaN opens the gate.
+        return torch.nan_to_num(logit, nan=OPEN, posinf=OPEN, neginf=-OPEN)
 
 
 @dataclass(slots=True, eq=False)
@@ -76,11 +79,8 @@ class RoutingCall:
     routed: dict[int, Tensor] = field(default_factory=dict)
 
     def decide(self, layer: int, gate: Tensor) -> Tensor:
-        """Which tokens run, [B, T] bool: g >= p (paper, threshold-p), anchors always, padding never.
-
-        A NaN gate runs: skipping on it would lose the token.
-        """
-        run = ~(gate < self.p.to(gate.device))
+        """Which tokens run, [B, T] bool: g >= p (paper, threshold-p), anchors always, padding never."""
+        run = gate >= self.p.to(gate.device)
         if self.anchored is not None:
             run = run | self.anchored.to(gate.device)
         if self.valid is not None:
@@ -136,6 +136,9 @@ class Selection:
 
 def select(run: Tensor) -> Selection | None:
     """Lay out the routed tokens of ``run`` [B, T]; None when nothing runs. One host synchronisation."""
+    if run.numel() == 1:  # decoding one row: nothing to sort
+        first = torch.zeros(1, dtype=torch.long, device=run.device)
+        return Selection(first, first[None], None, [1]) if bool(run) else None
     counts = run.sum(1).tolist()
     rows = [row for row, count in enumerate(counts) if count]
     if not rows:

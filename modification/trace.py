@@ -134,10 +134,12 @@ class RoutingTrace:
             if values["format"] != FORMAT:
                 raise ValueError(f"format {values['format']!r}: this version reads format {FORMAT}")
             trace = cls(int(values["depth"]), tuple(int(i) for i in values["mod_layers"]))
+            if any(not 0 <= layer < trace.depth for layer in trace.mod_layers):
+                raise ValueError(f"MoD layers {trace.mod_layers} in a model of {trace.depth} layers")
             trace.steps = [_step_from_dict(step, len(trace.mod_layers)) for step in values["steps"]]
             trace.texts = [str(part) for part in values["texts"]]
             trace.info = dict(values["info"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"not a routing trace: {type(error).__name__}: {error}") from error
         if trace.texts and len(trace.texts) != len(trace.tokens):
             raise ValueError(f"not a routing trace: {len(trace.texts)} texts for {len(trace.tokens)} tokens")
@@ -165,6 +167,8 @@ def _step_from_dict(values: dict[str, Any], layers: int) -> Step:
     if not len(tokens) or scores.shape != shape or routed.shape != shape or len(values["logprobs"]) != len(tokens):
         raise ValueError(f"a step of {len(tokens)} tokens has scores of shape {scores.shape}, not {shape}")
     logprobs = np.asarray([np.nan if v is None else v for v in values["logprobs"]], np.float32)
+    if not 0 <= float(values["p"]) <= 1:
+        raise ValueError(f"threshold {values['p']} is not from 0 to 1")
     stored, allocated, dense = (int(size) for size in values["kv"])
     return Step(
         tokens, logprobs, scores, routed, float(values["p"]), stored, allocated, dense,

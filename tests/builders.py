@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ VOCABULARY = 97  # the 95 printable ASCII characters, a start and an end: `tiny_
 WIDTH = 32
 DEPTH = 5
 WINDOW = 4
+PAD = VOCABULARY - 1  # never among `tokens`
 
 # The one place that says how near is equal; logits of the tiny models are of order 1.
 TOLERANCE = {
@@ -80,8 +82,13 @@ def dense_model(
     variant: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, kernel: str = "sdpa", **changes: Any
 ) -> Any:
     """A tiny random dense model, in eval mode, with weights large enough for attention to matter."""
+    return copy.deepcopy(_dense(variant, seed, dtype, kernel, tuple(changes.items())))
+
+
+@functools.cache
+def _dense(variant: str, seed: int, dtype: torch.dtype, kernel: str, changes: tuple[tuple[str, Any], ...]) -> Any:
     model_class, config_class, settings = VARIANTS[variant]
-    config = config_class(**{**settings, **changes})
+    config = config_class(**{**settings, **dict(changes)})
     config._attn_implementation = kernel
     model = model_class(config)
     noise = torch.Generator().manual_seed(seed)
@@ -99,7 +106,12 @@ def mod_model(
     variant: str = "llama", config: MoDConfig | None = None, *, seed: int = 0, spread: float = 1.5, **options: Any
 ) -> Any:
     """A tiny MoD model whose scores are spread around a half."""
-    model = convert(dense_model(variant, seed=seed, **options), config or MoDConfig())
+    return copy.deepcopy(_mod(variant, config or MoDConfig(), seed, spread, tuple(options.items())))
+
+
+@functools.cache
+def _mod(variant: str, config: MoDConfig, seed: int, spread: float, options: tuple[tuple[str, Any], ...]) -> Any:
+    model = convert(dense_model(variant, seed=seed, **dict(options)), config)
     scatter_routers(model, spread, seed)
     return model
 
@@ -132,7 +144,7 @@ def safe_threshold(model: Any, ids: Tensor, near: float = 0.5, reach: float = 0.
     Decisions in one layer move the scores of the next, so every candidate is tried.
     """
     best, widest = near, -1.0
-    for p in torch.linspace(near - reach, near + reach, 5).tolist():
+    for p in torch.linspace(near - reach, near + reach, 4).tolist():
         out = model(ids, p=p, output_router_scores=True, use_cache=False, **call)
         margin = min((scores - p).abs().min().item() for scores in out.router_scores)
         if margin > widest:
@@ -144,7 +156,7 @@ def safe_threshold(model: Any, ids: Tensor, near: float = 0.5, reach: float = 0.
 def padded(rows: Sequence[Tensor], side: str) -> dict[str, Tensor]:
     """Rows [T_i] as one batch: input_ids, attention_mask and position_ids [B, T], padded on ``side``."""
     longest = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    ids = torch.full((len(rows), longest), PAD)
     mask = torch.zeros_like(ids)
     for at, row in enumerate(rows):
         place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
@@ -189,7 +201,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per printable ASCII character, then a start (95) and an end (96): 97 in all."""
     vocabulary = {chr(32 + at): at for at in range(95)} | {"<s>": 95, "</s>": 96}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="?")
 

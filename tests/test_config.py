@@ -7,7 +7,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modification import MoDConfig
@@ -60,6 +60,7 @@ def test_p_must_be_a_number(p):
         MoDConfig(p=p)
 
 
+@settings(max_examples=40)
 @given(st.one_of(st.integers(max_value=-1), st.floats(), st.booleans(), st.text(), st.none()))
 def test_anchors_must_be_a_count(anchors):
     """Negative numbers, fractions, booleans and text are refused, with the bound."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -295,6 +296,13 @@ def test_the_stock_arguments_still_work(variant):
     loss = model(ids, p=0.5, labels=ids).loss
     by_hand = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(loss, by_hand)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "labels", "logits_to_keep"])
+def test_arguments_that_transformers_looks_for_are_named(name):
+    """generate() and Trainer read the signature: without the name, padded rows get no positions, labels are dropped."""
+    assert name in inspect.signature(dense_model("llama").forward).parameters
+    assert name in inspect.signature(mod_model("llama").forward).parameters
 
 
 def test_hidden_states_show_who_skipped():

@@ -48,16 +48,28 @@ def test_a_column_carries_text_threshold_scores_and_decisions():
     assert figures[1]["load"] == 0.25
 
 
-def test_figures_are_totals_over_the_run():
+def test_figures_of_a_run():
     tape = Tape(SHAPE, "m")
     tape.add(step([[1, 1], [1, 1]], prefill=True, seconds=9.0), [Piece("a"), Piece("b")])
     tape.add(step([[0], [0]], seconds=0.25), [Piece("c")])
     tape.add(step([[1], [0]], seconds=0.25), [Piece("d")])
     last = records(tape.text)[-1][1]
-    assert last["load"] == pytest.approx(5 / 8)
+    assert last["load"] == pytest.approx(1 / 4), "of the new tokens"
+    assert last["total"] == pytest.approx(5 / 8), "prompt included"
     assert last["speed"] == 4.0, "prefill time is not decode speed"
     assert last["kv"] == [800, 840, 1600]
     assert 0 < last["saved"] < 1
+
+
+def test_load_and_speed_answer_when_p_moves():
+    tape = Tape(SHAPE, "m")
+    tape.add(step([[1], [1]], prefill=True), [Piece("a")])
+    for _ in range(100):
+        tape.add(step([[1], [1]], seconds=0.2), [Piece("b")])
+    for _ in range(40):
+        tape.add(step([[0], [0]], seconds=0.1), [Piece("c")])
+    last = records(tape.text)[-1][1]
+    assert (last["load"], last["speed"]) == (0.0, 10.0)
 
 
 def test_hostile_token_text_stays_one_json_line():

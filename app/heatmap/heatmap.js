@@ -74,10 +74,10 @@ const bigBits = (hex) => BigInt('0x' + (hex || '0'));
 function figures(f) {
   const [stored, allocated, dense] = f.kv;
   const ratio = stored ? dense / stored : 1;
-  put('load', Math.round(100 * f.load) + '%', `${f.tokens} tokens · measured`);
-  put('speed', f.speed === null ? '–' : f.speed.toFixed(1) + ' tok/s', f.speed === null ? 'measured' : 'decoding · measured');
+  put('load', Math.round(100 * f.load) + '%', `last tokens · ${Math.round(100 * f.total)}% over all ${f.tokens} · measured`);
+  put('speed', f.speed === null ? '–' : f.speed.toFixed(1) + ' tok/s', 'last tokens · measured');
   put('kv', size(stored), `measured · dense parent ${size(dense)}, estimated · ${ratio.toFixed(2)}× less`);
-  put('saved', Math.round(100 * f.saved) + '%', 'FLOPs against dense · estimated');
+  put('saved', Math.round(100 * f.saved) + '%', 'FLOPs of the run against dense · estimated');
 }
 
 function put(name, value, note) {

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,15 +43,15 @@ def read_documents(path: str | Path, tokenizer: Any, split: str | None = None) -
     suffixes = [s for s in path.suffixes if s not in _OPENERS]
     kind = suffixes[-1] if suffixes else ""
     if kind == ".txt":
-        texts, chat = _text_documents(path), False
+        texts = _text_documents(path)
     elif kind == ".jsonl":
-        texts, chat = _json_documents(path, tokenizer, split), True
+        texts = _json_documents(path, tokenizer, split)
     else:
         raise ValueError(f"cannot read {path.name}: expected .txt or .jsonl, optionally with .xz or .gz")
-    for batch in _batches(texts, 256):
+    for batch in _batches(_undamaged(path, texts), 256):
         encoded = tokenizer([text for text, _ in batch], add_special_tokens=False)["input_ids"]
         for ids, (_, framed) in zip(encoded, batch, strict=True):
-            yield ids if chat and framed else _frame(ids, tokenizer)
+            yield ids if framed else _frame(ids, tokenizer)
 
 
 def pack(documents: Iterable[list[int]], block: int, max_tokens: int | None = None) -> npt.NDArray[np.int32]:
@@ -58,6 +59,8 @@ def pack(documents: Iterable[list[int]], block: int, max_tokens: int | None = No
 
     Stops once ``max_tokens`` tokens are packed; a last, partial block is dropped.
     """
+    if block < 1:
+        raise ValueError(f"block={block}: must be 1 token or more")
     blocks: list[npt.NDArray[np.int32]] = []
     wanted = None if max_tokens is None else max(1, max_tokens // block)
     buffer: list[int] = []
@@ -106,25 +109,44 @@ def _json_documents(path: Path, tokenizer: Any, split: str | None) -> Iterator[t
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            row = json.loads(line)
-            if split is None or row.get("split") == split:
-                yield _render(row, tokenizer, f"{path.name}, line {number}")
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+                if split is None or row.get("split") == split:
+                    yield _render(row, tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{path.name}, line {number}: {error}") from error
 
 
-def _render(row: dict[str, Any], tokenizer: Any, where: str) -> tuple[str, bool]:
+def _render(row: dict[str, Any], tokenizer: Any) -> tuple[str, bool]:
     """The text of one JSON row, and whether the chat template has framed it."""
     if "text" in row:
-        return row["text"], False
+        return _text(row, "text"), False
     if "prompt" in row and "response" in row:
-        row = {"messages": [
-            {"role": "user", "content": row["prompt"].strip()},
-            {"role": "assistant", "content": row["response"].strip()},
-        ]}
-    if "messages" not in row:
-        raise ValueError(f"{where}: expected 'text', or 'prompt' and 'response', or 'messages'; found {sorted(row)}")
+        turns = [("user", _text(row, "prompt")), ("assistant", _text(row, "response"))]
+    elif isinstance(row.get("messages"), list) and row["messages"]:
+        turns = [(_text(message, "role"), _text(message, "content")) for message in row["messages"]]
+    else:
+        raise ValueError(f"expected 'text', or 'prompt' and 'response', or 'messages'; found {sorted(row)}")
     if not tokenizer.chat_template:
-        return "\n\n".join(message["content"] for message in row["messages"]), False
-    return tokenizer.apply_chat_template(row["messages"], tokenize=False), True
+        return "\n\n".join(content.strip() for _, content in turns), False
+    messages = [{"role": role, "content": content.strip()} for role, content in turns]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False)), True
+
+
+def _text(row: Any, field: str) -> str:
+    value = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(value, str):
+        raise ValueError(f"{field!r} must be text, not {type(value).__name__}")
+    return value
+
+
+def _undamaged(path: Path, texts: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    try:
+        yield from texts
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is damaged or not text: {error}") from error
 
 
 def _frame(ids: list[int], tokenizer: Any) -> list[int]:

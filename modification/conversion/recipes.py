@@ -51,8 +51,16 @@ class AnyP:
                 f"tokens={self.tokens}: one step takes {self.block * self.batch} (block {self.block} x batch "
                 f"{self.batch}); give at least that many"
             )
-        if not 0 <= self.dense_share < 1:
-            raise ValueError(f"dense_share={self.dense_share}: must be at least 0 and below 1")
+        for name in ("dense_share", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
+        for name in ("lr", "router_lr"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < 1:
+                raise ValueError(f"{name}={rate}: must be above 0 and below 1")
+        low, high = self.p_range
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"p_range={self.p_range}: must be two rising numbers from 0 to 1")
 
     @property
     def steps(self) -> int:

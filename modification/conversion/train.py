@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from modification.config import MoDConfig
@@ -82,6 +82,7 @@ class ProgressBar(TrainerCallback):
         self.log, self.bar = log, tqdm(disable=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _drop_redone(self.log, state.global_step)
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="convert")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -107,8 +108,14 @@ def train(
     over eleven p's on ``held_out`` [N, T].
 
     Raises:
-        FileExistsError: ``out`` holds an unfinished run and ``resume`` is not set.
+        FileExistsError: ``out`` holds a finished conversion, or an unfinished one and ``resume`` is not set.
+        ValueError: too little text for one batch.
     """
+    if len(blocks) < recipe.batch:
+        raise ValueError(f"the text gives {len(blocks)} blocks of {recipe.block} tokens, fewer than a batch of "
+                         f"{recipe.batch}: give more text, or a smaller batch or block")
+    if (out / "report.json").exists():
+        raise FileExistsError(f"{out} holds a finished conversion: choose another folder, or remove it first")
     checkpoints = out / "checkpoints"
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if last and not resume:
@@ -151,6 +158,7 @@ def _trainer(
         recipe, teacher, model=model, args=arguments, train_dataset=Blocks(blocks), optimizers=(optimizer, schedule),
         callbacks=[ProgressBar(out / "log.jsonl")],
     )
+    trainer.remove_callback(PrinterCallback)
     return trainer
 
 
@@ -160,6 +168,13 @@ def _optimizer(model: PreTrainedModel, recipe: AnyP) -> torch.optim.Optimizer:
     lr = recipe.lr or default_lr(sum(p.numel() for p in weights))
     groups = [{"params": weights, "lr": lr}, {"params": routers, "lr": recipe.router_lr}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def _drop_redone(log: Path, step: int) -> None:
+    """Forget log lines of steps after ``step``, which a resumed run does again."""
+    if log.is_file():
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
 
 
 def _cosine(step: int, recipe: AnyP) -> float:

@@ -1,0 +1,250 @@
+"""The command line: it does what it says, and on bad input says why in one sentence and returns 2."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import runpy
+import sys
+
+import pytest
+import torch
+from builders import DEPTH, dense_model, mod_model, save_folder, tiny_tokenizer
+
+from modification import MoDModel, generate, load
+from modification.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny saved MoD model."""
+    return save_folder(mod_model("llama"), tmp_path_factory.mktemp("cli") / "mod")
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    """A tiny saved dense model."""
+    return save_folder(dense_model("llama"), tmp_path_factory.mktemp("cli") / "dense")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A little text."""
+    path = tmp_path_factory.mktemp("cli") / "text.txt"
+    path.write_text("\n<|endoftext|>\n".join(f"The {word} sat on the mat, and the cat sat on the {word}." for word in (
+        "dog", "hen", "fox", "owl", "cow", "bee", "pig", "rat",
+    )))
+    return path
+
+
+def refused(capsys, *argv):
+    """Exit code 2, and one line that starts with ``error:`` and holds no traceback."""
+    assert main([str(part) for part in argv]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in said if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert said[-1] == errors[0]
+    assert not any("Traceback" in line for line in said)
+    return errors[0]
+
+
+def test_generate_prints_the_greedy_text_and_what_was_measured(folder, capsys):
+    """The text on stdout, load and bytes on stderr."""
+    assert main(["generate", str(folder), "Hello", "--p", "0.4", "--max-new-tokens", "12"]) == 0
+    out = capsys.readouterr()
+    model, tokenizer = load(folder)
+    steps = list(generate(model, tokenizer("Hello")["input_ids"], p=0.4, max_new_tokens=12))
+    made = [step.token for step in steps if not step.prefill]
+    assert out.out == tokenizer.decode(made, skip_special_tokens=True) + "\n"
+    ran = sum(int(step.routed.sum()) for step in steps) / sum(step.routed.size for step in steps)
+    assert f"p 0.4, load {ran:.2f} (measured)" in out.err
+    assert f"{steps[-1].kv_stored:,} of {steps[-1].kv_dense:,} bytes" in out.err
+
+
+def test_generate_samples_repeatably(folder, capsys):
+    """Same seed, same text."""
+    texts = []
+    for seed in ("3", "3", "4"):
+        argv = ["generate", str(folder), "Hello", "--temperature", "1", "--seed", seed, "--max-new-tokens", "20"]
+        assert main(argv) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_generate_uses_the_chat_template_unless_told_not_to(tmp_path, capsys):
+    """A template frames the prompt; --raw leaves it bare."""
+    mod_model("llama").save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "[{{ messages[0]['content'] }}]"
+    tokenizer.save_pretrained(tmp_path)
+    texts = []
+    for argv in (["Hi"], ["[Hi]", "--raw"], ["Hi", "--raw"]):
+        assert main(["generate", str(tmp_path), *argv, "--max-new-tokens", "10"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_takes_a_dense_model(parent, capsys):
+    """It is converted on loading."""
+    assert main(["generate", str(parent), "Hello", "--p", "0", "--max-new-tokens", "5"]) == 0
+    assert "load 1.00" in capsys.readouterr().err
+
+
+def test_inspect_describes_a_mod_model(folder, capsys):
+    """As JSON, with its settings."""
+    assert main(["inspect", str(folder)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["class"] == "MoDLlamaForCausalLM"
+    assert found["layers"] == DEPTH
+    assert found["mod_layers"] == [1, 2, 3]
+    assert found["mod"]["kv"] == "evict"
+    assert found["parameters"] == sum(weight.numel() for weight in mod_model("llama").parameters())
+
+
+def test_inspect_describes_a_dense_model(parent, capsys):
+    """Without converting it."""
+    assert main(["inspect", str(parent)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["class"] == "LlamaForCausalLM"
+    assert found["mod"] is None
+    assert found["mod_layers"] == []
+
+
+def test_sweep_prints_a_row_per_p(folder, text, capsys):
+    """Eleven p's, loads falling from 1."""
+    assert main(["sweep", str(folder), "--data", str(text), "--tokens", "256", "--block", "32"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 0", "| 1"))]
+    assert len(rows) == 11
+    loads = [float(row.split("|")[2]) for row in rows]
+    assert loads[0] == 1.0
+    assert loads[-1] < 0.1
+
+
+def test_convert_trains_and_writes_a_model(parent, text, tmp_path, capsys):
+    """A few steps; the folder then loads as a MoD model with the chosen layers."""
+    out = tmp_path / "out"
+    with torch.enable_grad():
+        code = main([
+            "convert", str(parent), str(out), "--data", str(text), "--tokens", "256", "--block", "16", "--batch", "4",
+            "--held-out", "4", "--layers", "1,3", "--kv", "keep",
+        ])
+    assert code == 0
+    assert f"written to {out}" in capsys.readouterr().out
+    model, _ = load(out)
+    assert isinstance(model, MoDModel)
+    assert model.mod_layers == (1, 3)
+    assert model.mod_config.kv == "keep"
+    assert len(json.loads((out / "report.json").read_text())["sweep"]) == 11
+
+
+def test_the_module_runs_as_a_program(folder, monkeypatch, capsys):
+    """python -m modification: the command's code is the program's."""
+    for model, code in ((str(folder), 0), ("/no/model", 2)):
+        monkeypatch.setattr(sys, "argv", ["modification", "inspect", model])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_module("modification", run_name="__main__")
+        assert (caught.value.code or 0) == code
+    assert json.loads(capsys.readouterr().out)["class"] == "MoDLlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["fly"], ["generate"], ["generate", "m", "x", "--p", "half"], ["sweep", "m"],
+             ["convert", "a", "b", "--data", "c", "--kv", "lose"], ["--threads", "x", "inspect", "m"]],
+)
+def test_wrong_arguments_exit_with_2_and_the_usage(argv, capsys):
+    """argparse's own way."""
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--p", "1.5"], "p=1.5: the threshold must be a number from 0 to 1"),
+        (["--p", "nan"], "p=nan: the threshold must be a number from 0 to 1"),
+        (["--temperature", "-1"], "temperature=-1.0"),
+        (["--top-p", "0"], "top_p=0.0"),
+        (["--max-new-tokens", "-5"], "max_new_tokens=-5"),
+        (["--max-new-tokens", "1000"], "context of 256"),
+    ],
+)
+def test_generate_refuses_values_out_of_bounds(folder, options, message, capsys):
+    """Each with its bound."""
+    assert message in refused(capsys, "generate", folder, "Hello", *options)
+
+
+def test_an_empty_prompt_is_refused(folder, capsys):
+    """There is nothing to go on from."""
+    assert "prompt is empty" in refused(capsys, "generate", folder, "")
+
+
+@pytest.mark.parametrize("command", [["generate", "/no/model", "Hello"], ["inspect", "/no/model"],
+                                     ["sweep", "/no/model", "--data", "x.txt"],
+                                     ["convert", "/no/model", "out", "--data", "x.txt"]])
+def test_a_missing_model_is_refused(command, capsys):
+    """By every command."""
+    assert "/no/model" in refused(capsys, *command)
+
+
+def test_a_damaged_model_is_refused(folder, tmp_path, capsys):
+    """A truncated weights file."""
+    save_folder(mod_model("llama"), tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    assert str(tmp_path) in refused(capsys, "inspect", tmp_path)
+
+
+def test_data_that_can_t_be_read_is_refused(folder, tmp_path, capsys):
+    """Missing, of another type, damaged, too short, or with wrong lines."""
+    cases = {
+        "missing.txt": None, "table.csv": b"a,b", "cut.txt.xz": lzma.compress(b"text " * 99)[:-9],
+        "short.txt": b"Hi", "rows.jsonl": b'{"title": 1}', "number.jsonl": b"3", "broken.jsonl": b"{",
+    }
+    for name, data in cases.items():
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        refused(capsys, "sweep", folder, "--data", tmp_path / name, "--block", "32")
+
+
+@pytest.mark.parametrize("block", ["0", "-3"])
+def test_sweep_refuses_an_empty_block(folder, text, block, capsys):
+    """A block holds tokens."""
+    assert "block" in refused(capsys, "sweep", folder, "--data", text, "--block", block)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "1,x"], "--layers 1,x"),
+        (["--layers", "1,9"], "index 9 is not in 0..4"),
+        (["--layers", ""], "--layers"),
+        (["--tokens", "5"], "tokens=5"),
+        (["--block", "0"], "block=0"),
+        (["--batch", "0"], "batch=0"),
+        (["--held-out", "500"], "held"),
+        (["--held-out", "0"], "held"),
+        (["--held-out", "-2"], "held"),
+        (["--lr", "-1"], "lr"),
+        (["--lr", "nan"], "lr"),
+    ],
+)
+def test_convert_refuses_values_out_of_bounds(parent, text, options, message, tmp_path, capsys):
+    """Before any training; nothing is written."""
+    small = ["--tokens", "128", "--block", "16", "--batch", "4", "--held-out", "4"]
+    with torch.enable_grad():
+        said = refused(capsys, "convert", parent, tmp_path / "out", "--data", text, *small, *options)
+    assert message in said
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_convert_refuses_a_mod_model(folder, text, tmp_path, capsys):
+    """It wants the dense parent."""
+    assert "already" in refused(capsys, "convert", folder, tmp_path / "out", "--data", text)
+
+
+def test_threads_out_of_bounds_are_refused(folder, capsys):
+    """A count of threads is positive."""
+    assert "threads" in refused(capsys, "--threads", "-1", "inspect", folder)
