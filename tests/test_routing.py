@@ -70,9 +70,13 @@ def test_a_token_runs_from_its_threshold_on():
     assert _call(0.0).decide(1, gate).all()
 
 
-def test_a_nan_gate_runs():
-    """A broken score must not lose its token."""
-    assert _call(1.0).decide(1, torch.tensor([[float("nan"), 0.2, 0.2, 0.2]])).tolist() == [[True, False, False, False]]
+def test_a_broken_router_opens_its_gate():
+    """A NaN must not lose its token: the gate is 1, so that the token runs at every p."""
+    router = Router(4, bias=0.0)
+    router.weight.data.fill_(float("nan"))
+    gate = torch.sigmoid(router(torch.randn(2, 3, 4)))
+    assert gate.eq(1).all()
+    assert _call(1.0).decide(1, gate).all()
 
 
 def test_anchors_run_and_padding_never_does():
