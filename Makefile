@@ -17,7 +17,6 @@ check: $(VENV)/test.stamp
 
 $(VENV)/app.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@
 

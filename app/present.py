@@ -1,11 +1,12 @@
-"""Steps -> the tape that the live view reads, and sentences for people. No torch, no gradio.
+"""Steps -> the tape that the live view reads, and sentences for people. No tensors, no gradio.
 
 A tape is one growing string, a JSON array a line, so that each update sends only what is new:
 
-    ["h", {...}]                          header: id of the run, layers, MoD layers, title
-    ["c", text, p, scores, routed, kind]  a column: a token; hex scores (two digits a MoD layer), hex bits
+    ["h", {...}]                          header: id of the run, layers, MoD layers, anchors, title
+    ["c", text, p, scores, routed, kind]  a column: a token; hex scores (three digits a MoD layer), hex bits;
+                                          kind is p (prompt), n (new) or s (special)
     ["f", {...}]                          figures after a step
-    ["s", state, text]                    a state change: done, stopped
+    ["e", text]                           the end, as a sentence
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from modification.measure.cost import CostMeter, ModelShape
 from modification.trace import RoutingTrace, Step
@@ -44,49 +43,50 @@ class Tape:
 
     shape: ModelShape
     title: str
+    anchors: int = 0
     lines: list[str] = field(default_factory=list)
     columns: int = 0
     ran: int = 0
     scored: int = 0
     new_tokens: int = 0
-    recent: deque[Step] = field(default_factory=lambda: deque(maxlen=RECENT))
+    recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RECENT))  # load, seconds
     meter: CostMeter = field(init=False)
 
     def __post_init__(self) -> None:
         self.meter = CostMeter(self.shape)
         self._add("h", {
             "id": secrets.token_hex(4), "depth": self.shape.depth, "mod": list(self.shape.mod_layers),
-            "title": self.title,
+            "anchors": self.anchors, "title": self.title,
         })
 
-    def add(self, step: Step, pieces: Iterable[Piece]) -> None:
-        """Record a step and what its tokens read as."""
+    def add(self, step: Step, pieces: Iterable[Piece], seconds: float | None = None) -> None:
+        """Record a step, what its tokens read as, and how long it took by the user's clock."""
         self.meter.add(step)
         self.ran += int(step.routed.sum())
         self.scored += step.routed.size
         if not step.prefill:
             self.new_tokens += 1
-            self.recent.append(step)
+            self.recent.append((step.load, step.seconds if seconds is None else seconds))
         for at, piece in enumerate(pieces):
             kind = "s" if piece.special else ("p" if step.prefill else "n")
-            scores = "".join(f"{round(float(g) * 255):02x}" for g in step.scores[:, at])
+            scores = "".join(f"{round(float(g) * 4095):03x}" for g in step.scores[:, at])
             self._add("c", piece.text, round(step.p, 3), scores, bits(step.routed[:, at]), kind)
             self.columns += 1
         self._add("f", self.figures(step))
 
-    def end(self, state: str, text: str) -> None:
-        """Close the tape: ``done`` or ``stopped``, with a sentence."""
-        self._add("s", state, text)
+    def end(self, text: str) -> None:
+        """Close the tape with a sentence."""
+        self._add("e", text)
 
     def figures(self, step: Step) -> dict[str, Any]:
         """The live figures after ``step``: raw numbers; the view adds unit and label.
 
         Load and speed are those of the last tokens, so that they answer when p moves.
         """
-        latest = self.recent or [step]
-        seconds = sum(one.seconds for one in self.recent)
+        loads = [load for load, _ in self.recent] or [step.load]
+        seconds = sum(seconds for _, seconds in self.recent)
         return {
-            "load": round(float(np.mean([one.load for one in latest])), 4),
+            "load": round(sum(loads) / len(loads), 4),
             "total": round(self.ran / self.scored, 4) if self.scored else 1.0,
             "speed": round(len(self.recent) / seconds, 2) if seconds else None,
             "kv": [step.kv_stored, step.kv_allocated, step.kv_dense],
@@ -111,22 +111,22 @@ def bits(routed: Iterable[Any]) -> str:
 def tape_of_trace(trace: RoutingTrace) -> str:
     """The tape of a stored trace."""
     shape = ModelShape(**{**trace.info["shape"], "mod_layers": tuple(trace.mod_layers)})
-    tape = Tape(shape, str(trace.info.get("title", "Example")))
+    tape = Tape(shape, str(trace.info.get("title", "Example")), int(trace.info.get("anchors", 0)))
     at = 0
     special = set(trace.info.get("special", ()))
     for step in trace.steps:
         texts = trace.texts[at : at + len(step.tokens)]
         tape.add(step, [Piece(text, at + i in special) for i, text in enumerate(texts)])
         at += len(step.tokens)
-    tape.end("done", str(trace.info.get("note", "A recorded run.")))
+    tape.end(str(trace.info.get("note", "A recorded run.")))
     return tape.text
 
 
 def ending(tape: str) -> str:
     """The sentence that a finished tape ends with."""
     last = tape.rstrip("\n").rpartition("\n")[2]
-    record = json.loads(last) if last else ["s", "", ""]
-    return str(record[2]) if record[0] == "s" else ""
+    record = json.loads(last) if last else ["e", ""]
+    return str(record[1]) if record[0] == "e" else ""
 
 
 def waiting_sentence(ahead: int) -> str:
@@ -134,12 +134,3 @@ def waiting_sentence(ahead: int) -> str:
     if ahead == 0:
         return "Next in line: starting as soon as the model is free."
     return f"Waiting for the model: {ahead} ahead of you."
-
-
-def size(count: float) -> str:
-    """Bytes for people, e.g. ``1.5 MB``."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError

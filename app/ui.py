@@ -9,8 +9,8 @@ from app.tabs import explore
 
 INTRO = (
     "# MoDification Studio\n"
-    "A small router in each MoD layer scores every token; a token goes through the layer only when its score reaches "
-    "**p**. Skipped tokens cost no compute there and leave nothing in the KV cache."
+    "A small router in each MoD layer scores every token, and a token goes through the layer only when its score "
+    "reaches **p**. A skipped token costs no compute there and leaves no keys and values in the cache."
 )
 
 
@@ -19,10 +19,5 @@ def build(service: Service) -> gr.Blocks:
     with gr.Blocks(title="MoDification Studio", analytics_enabled=False) as demo:
         gr.Markdown(INTRO, elem_id="intro")
         explore.build(service)
-
-        def leave(request: gr.Request) -> None:
-            service.forget(str(request.session_hash))
-
-        demo.unload(leave)
     demo.queue(max_size=service.limits.running + service.limits.waiting, default_concurrency_limit=None)
     return demo

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from modification.conversion.data import Blocks, pack, read_documents
+from modification.conversion.train import last_checkpoint
 
 VOCABULARY = 4096
 CONTEXT = 2048
@@ -47,6 +47,8 @@ def make_tokenizer(text: Path, out: Path) -> PreTrainedTokenizerFast:
         bpe.train_from_iterator(
             _texts(text), trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet)
         )
+        start = (SPECIAL[1], bpe.token_to_id(SPECIAL[1]))
+        bpe.post_processor = processors.TemplateProcessing(single=f"{start[0]} $A", special_tokens=[start])
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=bpe, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|pad|>",
             model_max_length=CONTEXT, clean_up_tokenization_spaces=False,
@@ -111,7 +113,7 @@ def train(model: LlamaForCausalLM, blocks: np.ndarray, out: Path, lr: float, sha
         seed=0, dataloader_num_workers=0, disable_tqdm=True,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=Blocks(blocks), optimizers=(optimizer, schedule))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(out))
     trainer.save_model(str(out / "final"))
     (out / "log.json").write_text(json.dumps(trainer.state.log_history))
 
@@ -121,6 +123,9 @@ def make_parent(text: Path, work: Path, tokens: int = TOKENS, lr: float = 4e-3) 
     tokenizer = make_tokenizer(text, work / "tokenizer")
     model = make_model(tokenizer)
     documents = list(read_documents(text, tokenizer, split="train"))
+    held = sum(map(len, documents))
+    if held < tokens:
+        raise ValueError(f"{text.name} holds {held:,} training tokens: ask for at most that many, not {tokens:,}")
     np.random.default_rng(0).shuffle(documents)
     stream = iter(documents)
     stages: list[tuple[str, int, int, Callable[[float], float]]] = [

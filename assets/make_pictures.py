@@ -63,9 +63,9 @@ def take(browser: Any, address: str, path: Path, theme: str, size: dict[str, int
         box.fill(str(value))
         box.press("Enter")
         if columns == 75:
-            title = page.locator(".mod-title").inner_text()
+            run = page.locator(".mod-canvas").get_attribute("data-run")
             page.click("#generate")
-            page.wait_for_function("t => document.querySelector('.mod-title').innerText !== t", arg=title)
+            page.wait_for_function("t => document.querySelector('.mod-canvas').dataset.run !== t", arg=run)
         page.wait_for_function("n => +document.querySelector('.mod-canvas').dataset.columns > n", arg=columns)
     page.screenshot(path=path, full_page=size["width"] < 500)
     page.click("#stop")

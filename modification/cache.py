@@ -298,17 +298,18 @@ class RaggedCache(Cache):
     """A cache for one MoD model: ragged MoD layers, growing dense layers.
 
     Args:
-        depth: layers of the model.
-        mod_layers: which of them are MoD layers.
+        mod_layers: which layers are MoD layers.
         entry_bytes: bytes of one token's keys and values in one layer.
+        windows: sliding-window length of each layer, None where attention is full.
     """
 
-    def __init__(self, depth: int, mod_layers: Iterable[int], entry_bytes: int) -> None:
+    def __init__(self, windows: Sequence[int | None], mod_layers: Iterable[int], entry_bytes: int) -> None:
         routed = set(mod_layers)
-        layers = [RaggedLayer() if index in routed else GrowingLayer() for index in range(depth)]
+        layers = [RaggedLayer() if index in routed else GrowingLayer() for index in range(len(windows))]
         super().__init__(layers=list(layers))
         self.mod_layers = tuple(sorted(routed))
         self.entry_bytes = entry_bytes
+        self.windows = tuple(windows)
 
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` new columns in the MoD layers, whether or not they were stored there."""
@@ -323,7 +324,10 @@ class RaggedCache(Cache):
         """Bytes stored, allocated, and what the dense parent would store."""
         sizes = [layer.nbytes() for layer in self.layers]
         rows = max(1, *(layer.batch_rows() for layer in self.layers))
-        dense = len(self.layers) * rows * self.layers[0].seen * self.entry_bytes
+        seen = self.layers[0].seen
+        # The stock cache of a sliding-window layer keeps the last window - 1 tokens.
+        tokens = sum(seen if window is None else min(seen, window - 1) for window in self.windows)
+        dense = rows * tokens * self.entry_bytes
         return KVBytes(sum(stored for stored, _ in sizes), sum(allocated for _, allocated in sizes), dense)
 
 

@@ -82,7 +82,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     shown, ran, total, step = "", 0, 0, None
     for step in generate(
         model, ids, p=arguments.p, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
-        top_p=arguments.top_p, seed=arguments.seed,
+        top_p=arguments.top_p, top_k=arguments.top_k, seed=arguments.seed,
     ):
         ran, total = ran + int(step.routed.sum()), total + step.routed.size
         if not step.prefill:
@@ -94,8 +94,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     print()
     if step is not None:
         print(
-            f"[p {arguments.p:g}, load {ran / total:.2f} (measured), KV {step.kv_stored:,} of {step.kv_dense:,} "
-            "bytes dense (measured)]", file=sys.stderr,
+            f"[p {arguments.p:g}, load {ran / total:.2f} (measured), KV {step.kv_stored:,} bytes (measured), "
+            f"dense parent {step.kv_dense:,} (estimated)]", file=sys.stderr,
         )
 
 
@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     speak.add_argument("--max-new-tokens", type=int, default=200)
     speak.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     speak.add_argument("--top-p", type=float, default=1.0)
+    speak.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: %(default)s)")
     speak.add_argument("--seed", type=int)
     speak.add_argument("--raw", action="store_true", help="no chat template around the prompt")
     speak.set_defaults(run=_generate)

@@ -31,7 +31,10 @@ def load(
     quantization: Quantization | None = None,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    """A MoD model, ready to run, and its tokenizer. A dense model is converted with default settings.
+    """A MoD model, ready to run, and its tokenizer.
+
+    A dense model is converted with default settings: its routers are untrained, so that its p is no
+    useful dial yet.
 
     Args:
         path_or_hub_id: a folder, or ``owner/name`` on the Hub.
@@ -43,10 +46,19 @@ def load(
     Raises:
         LoadError: no such folder, not a model, a family that isn't supported, or files that don't fit.
     """
-    dense, tokenizer = load_dense_or_mod(
+    model, tokenizer = load_dense_or_mod(
         path_or_hub_id, dtype=dtype, device_map=device_map, quantization=quantization, revision=revision
     )
-    return (dense if isinstance(dense, MoDModel) else convert(dense, MoDConfig())), tokenizer
+    return as_mod(model), tokenizer
+
+
+def as_mod(model: PreTrainedModel) -> PreTrainedModel:
+    """A MoD model as it is; a dense one converted with default settings and the same fresh routers each time."""
+    if isinstance(model, MoDModel):
+        return model
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return convert(model, MoDConfig())
 
 
 def load_dense_or_mod(

@@ -59,7 +59,8 @@ class MoDModel(PreTrainedModel, GenerationMixin):
 
     def new_cache(self) -> RaggedCache:
         """An empty cache for this model; belongs to one generation."""
-        return RaggedCache(self.config.num_hidden_layers, self.mod_layers, entry_bytes(self.config, self.dtype))
+        windows = [window_of(self.config, layer) for layer in range(self.config.num_hidden_layers)]
+        return RaggedCache(windows, self.mod_layers, entry_bytes(self.config, self.dtype))
 
     def forward(
         self,
@@ -176,7 +177,7 @@ def check_cache(cache: object) -> None:
 
 
 def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrainedModel:
-    """Make a dense causal LM a MoD model, in place; ``restore`` undoes it.
+    """Make a dense causal LM a MoD model, in place, its config object included; ``restore`` undoes it.
 
     Fresh routers let (almost) every token run. A probe input then checks that the model with its
     gates open gives the dense logits; if not, the model is restored and refused.

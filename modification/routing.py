@@ -18,7 +18,7 @@ from modification.config import MoDConfig
 # scales the block, so it starts nearer to 1 (sigmoid(4) = 0.98).
 INITIAL_BIAS = {"straight_through": 2.0, "paper": 4.0}
 OPEN = 40.0  # a logit at which the gate is 1 in float32
-_WEIGHT_STD = 0.02
+_LOGIT_STD = 0.3  # of a fresh router, whatever the width
 _P_FLOOR = 1e-4
 
 
@@ -39,7 +39,7 @@ class Router(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fresh weights; a parameter just read from a checkpoint is left alone."""
-        init.normal_(self.weight, std=_WEIGHT_STD)
+        init.normal_(self.weight, std=_LOGIT_STD / self.weight.shape[1] ** 0.5)
         init.constant_(self.bias, self.initial_bias)
 
     def forward(self, x: Tensor) -> Tensor:

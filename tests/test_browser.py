@@ -94,6 +94,10 @@ def columns(page):
     return int(page.locator(".mod-canvas").get_attribute("data-columns") or 0)
 
 
+def run_id(page):
+    return page.locator(".mod-canvas").get_attribute("data-run")
+
+
 def figure(page, name):
     return page.locator(f"[data-figure={name}]").inner_text()
 
@@ -115,9 +119,9 @@ def answer(page):
 def start(page, prompt="Write a bedtime story called `The Lantern in the Snow`.", p=0.5):
     page.locator("#prompt textarea").fill(prompt)
     set_p(page, p)
-    before = page.locator(".mod-title").inner_text()
+    before = run_id(page)
     page.click("#generate")
-    wait_until(lambda: page.locator(".mod-title").inner_text() != before and columns(page) > 30)
+    wait_until(lambda: run_id(page) != before and columns(page) > 30)
 
 
 def pixels(page):

@@ -214,7 +214,7 @@ def test_a_ragged_layer_is_not_written_behind_the_model_s_back():
 
 def test_layers_are_ragged_where_they_route():
     """Dense layers grow, MoD layers are ragged."""
-    cache = RaggedCache(4, (1, 2), 128)
+    cache = RaggedCache([None] * 4, (1, 2), 128)
     assert [type(layer) for layer in cache.layers] == [GrowingLayer, RaggedLayer, RaggedLayer, GrowingLayer]
     assert cache.lengths() == {1: [], 2: []}
 

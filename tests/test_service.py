@@ -9,7 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import app.service as service_module
-from app.service import Limits, PieceReader, Request, Service, Turnstile, UserError
+from app.errors import UserError
+from app.pieces import PieceReader
+from app.service import Limits, Request, Service
+from app.turnstile import Turnstile
 from modification import MoDConfig, convert
 
 

@@ -9,7 +9,10 @@ const CELL = 10, TOP = 18, AXIS = 34;
 let state = null;
 
 function reset(head) {
-  state = { head, consumed: 0, depth: 0, mod: [], rows: new Map(), columns: [], spans: [], cursor: null, answering: false };
+  state = {
+    head, consumed: 0, depth: 0, mod: [], rows: new Map(), anchors: 0, columns: [], spans: [], used: 0, cursor: null,
+    answering: false,
+  };
   story.replaceChildren();
   tip.hidden = true;
 }
@@ -21,7 +24,7 @@ function read() {
   const end = tape.lastIndexOf('\n') + 1;
   if (end <= state.consumed) return;
   const followText = story.scrollTop + story.clientHeight >= story.scrollHeight - 30;
-  const followMap = scroll.scrollLeft + scroll.clientWidth >= scroll.scrollWidth - 4 * CELL;
+  const followMap = !state.cursor && scroll.scrollLeft + scroll.clientWidth >= scroll.scrollWidth - 4 * CELL;
   const fresh = document.createDocumentFragment();
   for (const line of tape.slice(state.consumed, end).split('\n')) if (line) record(JSON.parse(line), fresh);
   state.consumed = end;
@@ -29,6 +32,7 @@ function read() {
   spacer.style.width = state.columns.length * CELL + 24 + 'px';
   if (followText) story.scrollTop = story.scrollHeight;
   if (followMap) scroll.scrollLeft = scroll.scrollWidth;
+  describe();
   schedule();
 }
 
@@ -36,21 +40,23 @@ function record(entry, fresh) {
   if (entry[0] === 'h') header(entry[1]);
   else if (entry[0] === 'c') column(entry, fresh);
   else if (entry[0] === 'f') figures(entry[1]);
-  else if (entry[0] === 's') describe();
 }
 
 function header(info) {
   state.depth = info.depth;
   state.mod = info.mod;
+  state.anchors = info.anchors;
   state.rows = new Map(info.mod.map((layer, at) => [layer, at]));
   title.textContent = info.title;
+  canvas.dataset.run = info.id;
 }
 
 function column([, text, p, scores, bits, kind], fresh) {
   const routed = bigBits(bits);
-  const values = state.mod.map((_, at) => parseInt(scores.slice(2 * at, 2 * at + 2), 16) / 255);
+  const values = state.mod.map((_, at) => parseInt(scores.slice(3 * at, 3 * at + 3), 16) / 4095);
   const ran = state.mod.map((_, at) => (routed >> BigInt(at)) & 1n ? 1 : 0);
   const used = ran.reduce((sum, one) => sum + one, 0);
+  state.used += used;
   const at = state.columns.length, last = state.columns[at - 1];
   state.columns.push({ text, p, values, ran, used, kind, changed: last !== undefined && last.p !== p });
   let span = null;
@@ -165,8 +171,8 @@ function drawMark(context, colours, height, at, x) {
   context.setLineDash([]);
   context.fillStyle = colours.ink(1);
   context.font = '11px system-ui, sans-serif';
-  const before = state.columns[at - 2];
-  if (!before || !state.columns[at - 1].changed) context.fillText(`p ${state.columns[at].p}`, Math.max(0, x + 2), 11);
+  const next = state.columns[at + 1];
+  if (!next || !next.changed) context.fillText(`p ${state.columns[at].p}`, Math.max(0, x + 2), 11);
 }
 
 function drawAxis(colours, row, height) {
@@ -186,8 +192,9 @@ function inspect(column, layer) {
   const name = cell.text ? JSON.stringify(cell.text) : '(part of a character)';
   const head = `token ${column}: ${name}${cell.kind === 'n' ? '' : ' (prompt)'}\nlayer ${layer}: `;
   const used = state.depth - state.mod.length + cell.used;
+  const anchor = column < state.anchors ? ' (an anchor, always runs)' : '';
   const decision = place === undefined ? 'dense, always runs'
-    : `score ${cell.values[place].toFixed(2)}, p ${cell.p} → ${cell.ran[place] ? 'processed' : 'skipped'}`;
+    : `score ${cell.values[place].toFixed(3)}, p ${cell.p} → ${cell.ran[place] ? 'processed' : 'skipped'}${anchor}`;
   tip.textContent = `${head}${decision}\nruns through ${used} of ${state.depth} layers`;
   tip.hidden = false;
   const box = find('.mod-view').getBoundingClientRect(), map = canvas.getBoundingClientRect();
@@ -212,17 +219,20 @@ function leave() {
 }
 
 function describe() {
-  const total = state.columns.reduce((sum, c) => sum + c.used, 0), cells = state.columns.length * state.mod.length;
+  const cells = state.columns.length * state.mod.length;
   canvas.setAttribute('aria-label', `Routing heatmap: ${state.columns.length} tokens, ${state.depth} layers; `
-    + `${cells ? Math.round(100 * total / cells) : 100}% of the MoD layers' work was done. Arrow keys inspect cells.`);
+    + `${cells ? Math.round(100 * state.used / cells) : 100}% of the MoD layers' work was done. Arrow keys inspect cells.`);
 }
 
-canvas.addEventListener('pointermove', (event) => {
-  if (!state) return;
+let pointer = null;
+function point() {
+  if (!state || !pointer) return;
   const box = canvas.getBoundingClientRect();
-  inspect(Math.floor((event.clientX - box.left + scroll.scrollLeft) / CELL), Math.floor((event.clientY - box.top - TOP) / rowHeight()));
-});
-canvas.addEventListener('pointerleave', leave);
+  const column = Math.floor((pointer.x - box.left + scroll.scrollLeft) / CELL);
+  inspect(column, Math.floor((pointer.y - box.top - TOP) / rowHeight()));
+}
+canvas.addEventListener('pointermove', (event) => { pointer = { x: event.clientX, y: event.clientY }; point(); });
+canvas.addEventListener('pointerleave', () => { pointer = null; leave(); });
 canvas.addEventListener('blur', leave);
 canvas.addEventListener('keydown', (event) => {
   const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
@@ -238,10 +248,10 @@ canvas.addEventListener('keydown', (event) => {
 story.addEventListener('pointerover', (event) => {
   const at = event.target.dataset ? event.target.dataset.column : undefined;
   if (at === undefined || !state) return;
-  state.cursor = { column: +at, layer: state.mod.length ? state.mod[0] : 0 };
-  schedule();
+  inspect(+at, state.mod.length ? state.mod[0] : 0);
 });
-scroll.addEventListener('scroll', schedule);
+story.addEventListener('pointerleave', leave);
+scroll.addEventListener('scroll', () => { point(); schedule(); });
 new ResizeObserver(schedule).observe(scroll);
 new MutationObserver(schedule).observe(document.body, { attributes: true, attributeFilter: ['class'] });
 

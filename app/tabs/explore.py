@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
+from app.errors import UserError
 from app.figures import load_per_layer
 from app.heatmap import live_view
 from app.present import ending, waiting_sentence
-from app.service import Request, Service, UserError
+from app.service import Request, Service
 
 EXAMPLES = [
     "Write a bedtime story called `The Lantern in the Snow`.",
@@ -48,8 +51,8 @@ def build(service: Service) -> None:
         show_progress="hidden", concurrency_limit=None, trigger_mode="once", api_name="generate",
     )
     stop.click(
-        lambda: _status("Stopped. The model is free."), None, status, cancels=[run], queue=False,
-        show_progress="hidden", api_visibility="private",
+        lambda: _status("Stopped."), None, status, cancels=[run], queue=False, show_progress="hidden",
+        api_visibility="private",
     )
     _wire_dial(service, p)
 
@@ -58,7 +61,8 @@ def _wire_dial(service: Service, p: gr.Slider) -> None:
     def move(value: float, request: gr.Request) -> None:
         service.set_p(str(request.session_hash), value)
 
-    p.input(move, p, None, queue=False, show_progress="hidden", trigger_mode="always_last", api_visibility="private")
+    # change, not input: the slider's reset button and its clamping send no input.
+    p.change(move, p, None, queue=False, show_progress="hidden", trigger_mode="always_last", api_visibility="private")
 
 
 def _settings(service: Service) -> list[Any]:
@@ -85,22 +89,30 @@ def _handlers(service: Service) -> Any:
         prompt: str, p: float, new_tokens: float, temperature: float, top_p: float, top_k: float, seed: float | None,
         chat: bool, model: str | None, request: gr.Request,
     ) -> Iterator[tuple[Any, Any, Any]]:
-        wanted = Request(
-            prompt, model or "", int(new_tokens), float(temperature), float(top_p), int(top_k),
-            None if seed is None or seed < 0 else int(seed), bool(chat),
-        )
         tape = ""
         try:
-            yield gr.skip(), _status("Starting …"), gr.skip()
-            for update in service.run(str(request.session_hash), p, wanted):
-                if update.waiting is not None:
-                    yield gr.skip(), _status(waiting_sentence(update.waiting)), gr.skip()
-                elif update.tape is not None:
-                    first, tape = not tape, update.tape
-                    yield tape, _status("Streaming. Move p and watch.") if first else gr.skip(), gr.skip()
+            wanted = Request(
+                prompt, model or "", int(new_tokens), float(temperature), float(top_p), int(top_k),
+                None if seed is None or seed < 0 else int(seed), bool(chat),
+            )
+            yield gr.skip(), _status("Starting …"), None
+            with contextlib.closing(service.run(str(request.session_hash), p, wanted)) as updates:
+                for update in updates:
+                    if update.waiting is not None:
+                        yield gr.skip(), _status(waiting_sentence(update.waiting)), gr.skip()
+                    elif update.loading:
+                        yield gr.skip(), _status(f"Loading {wanted.model} …"), gr.skip()
+                    elif update.tape is not None:
+                        first, tape = not tape, update.tape
+                        yield tape, _status("Streaming. Move p and watch.") if first else gr.skip(), gr.skip()
             yield gr.skip(), _status(ending(tape)), load_per_layer(tape)
         except UserError as error:
             yield gr.skip(), _status(str(error), error=True), gr.skip()
+        except Exception:
+            # The log has the cause; the page gets a sentence, whatever happened.
+            logging.getLogger(__name__).exception("generation failed")
+            sentence = "Something went wrong here; the model is free again. Check the settings and try once more."
+            yield gr.skip(), _status(sentence, error=True), gr.skip()
 
     return generate
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from modification.config import MoDConfig
 from modification.conversion.calibrate import fit_dial
@@ -41,7 +40,7 @@ class AnyPTrainer(Trainer):
 
     def __init__(self, recipe: AnyP, teacher: nn.Module, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.recipe, self.teacher = recipe, teacher
+        self.recipe, self.teacher = recipe, teacher.to(self.args.device)
         self._sums: dict[str, float] = {}
         self._count = 0
 
@@ -108,6 +107,7 @@ def train(
     over eleven p's on ``held_out`` [N, T].
 
     Raises:
+        ValueError: a resumed run's settings differ from those it was started with.
         FileExistsError: ``out`` holds a finished conversion, or an unfinished one and ``resume`` is not set.
         ValueError: too little text for one batch.
     """
@@ -117,10 +117,11 @@ def train(
     if (out / "report.json").exists():
         raise FileExistsError(f"{out} holds a finished conversion: choose another folder, or remove it first")
     checkpoints = out / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = last_checkpoint(checkpoints)
     if last and not resume:
         raise FileExistsError(f"{out} holds an unfinished conversion: add --resume to go on, or remove the folder")
     out.mkdir(parents=True, exist_ok=True)
+    _check_same_run(out / "run.json", recipe, config, blocks, resumed=last is not None)
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     torch.manual_seed(recipe.seed)
     convert(model, config)
@@ -140,6 +141,30 @@ def train(
     (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     shutil.rmtree(checkpoints, ignore_errors=True)
     return rows
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; a half-written one, left by a kill, is removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    while found:
+        if (found[-1] / "trainer_state.json").is_file():  # written last
+            return str(found[-1])
+        shutil.rmtree(found.pop())
+    return None
+
+
+def _check_same_run(
+    path: Path, recipe: AnyP, config: MoDConfig, blocks: npt.NDArray[np.int32], resumed: bool
+) -> None:
+    """A resumed run must be the one that was started: same recipe, settings and text."""
+    run = {**dataclasses.asdict(recipe), **config.to_dict(), "training_tokens": int(blocks.size)}
+    run = json.loads(json.dumps(run))
+    if resumed and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"{name} {before.get(name)} (now {run[name]})" for name in run if before.get(name) != run[name]]
+        if changed:
+            raise ValueError(f"{path.parent} was started with {', '.join(changed)}: resume with the same settings")
+    path.write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 
 def _trainer(

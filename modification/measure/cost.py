@@ -1,7 +1,8 @@
-"""What a generation costs, counted: FLOPs from shapes, routed against dense. Pure arithmetic, no torch.
+"""What a generation costs, counted: FLOPs from shapes, routed against dense. Pure arithmetic.
 
 A matrix product of [n, a] by [a, b] counts 2nab FLOPs (one multiply, one add); norms, softmax and
-activations are left out, as is usual (e.g. https://arxiv.org/abs/2001.08361, section 2.1).
+activations are left out, as is usual (e.g. https://arxiv.org/abs/2001.08361, section 2.1). Sliding windows
+are not taken into account: past its window such a model's attention is counted as full, on both sides.
 """
 
 from __future__ import annotations
