@@ -11,6 +11,7 @@ already is not done again: remove a folder under --work to redo it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
@@ -24,12 +25,12 @@ from make_parent import TOKENS, make_parent, tokens_seen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.service import Loaded, Request, record
-from modification import MoDConfig, convert, load
+from modification import MoDConfig, load
 from modification.conversion.data import pack, read_documents
 from modification.conversion.recipes import AnyP
 from modification.conversion.train import train
 from modification.measure.cost import ModelShape
-from modification.measure.quality import Quality, evaluate
+from modification.measure.quality import evaluate, sweep
 
 ASSETS = Path(__file__).resolve().parent
 HELD_OUT_BLOCKS = 64
@@ -44,11 +45,14 @@ def make_pair(text: Path, name: str, work: Path, parent_tokens: int, mod_tokens:
     converted = work / "mod"
     if not (converted / "report.json").is_file():
         _convert(text, parent, tokenizer, held_out, converted, mod_tokens)
-    facts = _measure(text, parent, tokenizer, held_out, converted, work, name)
-    _ship(AutoModelForCausalLM.from_pretrained(parent), tokenizer, ASSETS / name, dense_card(facts))
-    _ship(load(converted)[0], tokenizer, ASSETS / f"{name}-MoD", mod_card(facts))
-    shutil.copy(converted / "report.json", ASSETS / f"{name}-MoD" / "report.json")
-    _example(f"{name}-MoD")
+    dense, mod = ASSETS / name, ASSETS / f"{name}-MoD"
+    _ship(AutoModelForCausalLM.from_pretrained(parent), tokenizer, dense)
+    _ship(load(converted)[0], tokenizer, mod)
+    shutil.copy(converted / "report.json", mod / "report.json")
+    facts = {**_measure(text, tokenizer, held_out, dense, mod), "name": name, "parent_tokens": tokens_seen(work)}
+    (dense / "README.md").write_text(dense_card(facts), encoding="utf-8")
+    (mod / "README.md").write_text(mod_card(facts), encoding="utf-8")
+    _example(mod)
 
 
 def _convert(text: Path, parent: Path, tokenizer: Any, held_out: np.ndarray, out: Path, tokens: int) -> None:
@@ -60,39 +64,36 @@ def _convert(text: Path, parent: Path, tokenizer: Any, held_out: np.ndarray, out
     train(model, tokenizer, MoDConfig(layers="inner"), recipe, blocks, held_out, out, resume=True)
 
 
-def _measure(
-    text: Path, parent: Path, tokenizer: Any, held_out: np.ndarray, converted: Path, work: Path, name: str
-) -> dict[str, Any]:
-    """The figures that the cards quote, all measured here on the val split."""
-    report = json.loads((converted / "report.json").read_text())
-    dense: Any = convert(AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32).eval())
-    loss: Quality = evaluate(dense, held_out, 0.0)
-    lines = [len(ids) for ids in read_documents(text, tokenizer, "val")]
-    ids = np.concatenate([np.asarray(d) for d in read_documents(text, tokenizer, "val")])
-    per_byte = len(tokenizer.decode(ids, skip_special_tokens=True).encode()) / len(ids)
-    return {
-        "name": name, "parent_tokens": tokens_seen(work), "mod_tokens": report["tokens"],
-        "parameters": sum(p.numel() for n, p in dense.named_parameters() if ".router." not in n),
-        "dense_loss": loss.loss, "dense_error": loss.error, "bits_per_byte": loss.loss / math.log(2) / per_byte,
-        "bytes_per_token": per_byte, "held_out_tokens": int(held_out.size), "val_documents": len(lines),
-        "sweep": report["sweep"],
-    }
-
-
-def _ship(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
-    """bf16 safetensors, routers in full precision, with tokenizer and card."""
+def _ship(model: Any, tokenizer: Any, folder: Path) -> None:
+    """bf16 safetensors, routers in full precision, with the tokenizer."""
     for weight_name, weight in model.named_parameters():
         if ".router." not in weight_name:
             weight.data = weight.data.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _example(name: str) -> None:
+def _measure(text: Path, tokenizer: Any, held_out: np.ndarray, dense: Path, mod: Path) -> dict[str, Any]:
+    """The figures that the cards quote, measured on the shipped files and the val split."""
+    parent, model = load(dense)[0], load(mod)[0]
+    loss = evaluate(parent, held_out, 0.0)
+    documents = list(read_documents(text, tokenizer, "val"))
+    ids = [token for document in documents for token in document]
+    per_token = len(tokenizer.decode(ids, skip_special_tokens=True).encode()) / len(ids)
+    return {
+        "parameters": sum(p.numel() for n, p in parent.named_parameters() if ".router." not in n),
+        "mod_tokens": json.loads((mod / "report.json").read_text())["tokens"],
+        "dense_loss": loss.loss, "dense_error": loss.error, "bits_per_byte": loss.loss / math.log(2) / per_token,
+        "held_out_tokens": int(held_out.size), "val_documents": len(documents),
+        "sweep": [dataclasses.asdict(row) for row in sweep(model, held_out)],
+    }
+
+
+def _example(folder: Path) -> None:
     """A recorded run in which p is moved twice, shown before any generation."""
-    model, tokenizer = load(ASSETS / name, dtype=torch.float32)
+    name = folder.name
+    model, tokenizer = load(folder)
     loaded = Loaded(name, model, tokenizer, ModelShape.of(model))
     steps = iter(range(10_000))
 
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--name", default="Llama-Storyteller-10M")
     parser.add_argument("--work", type=Path, default=Path("runs/storyteller"))
     parser.add_argument("--parent-tokens", type=int, default=TOKENS)
-    parser.add_argument("--mod-tokens", type=int, default=1_000_000)
+    parser.add_argument("--mod-tokens", type=int, default=900_000)
     arguments = parser.parse_args()
     make_pair(arguments.text, arguments.name, arguments.work, arguments.parent_tokens, arguments.mod_tokens)
 
