@@ -33,7 +33,7 @@ from modification.measure.cost import ModelShape
 from modification.measure.quality import evaluate, sweep
 
 ASSETS = Path(__file__).resolve().parent
-HELD_OUT_BLOCKS = 64
+HELD_OUT_BLOCKS = 48
 EXAMPLE = "Write a bedtime story called `The Lantern in the Snow`."
 
 
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--name", default="Llama-Storyteller-10M")
     parser.add_argument("--work", type=Path, default=Path("runs/storyteller"))
     parser.add_argument("--parent-tokens", type=int, default=TOKENS)
-    parser.add_argument("--mod-tokens", type=int, default=900_000)
+    parser.add_argument("--mod-tokens", type=int, default=600_000)
     arguments = parser.parse_args()
     make_pair(arguments.text, arguments.name, arguments.work, arguments.parent_tokens, arguments.mod_tokens)
 

@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--layers", default="inner", help="inner, interleaved or indices like 1,3 (default: inner)")
     convert.add_argument("--kv", default="evict", choices=["evict", "keep"], help="keys and values of skipped tokens")
     convert.add_argument("--block", type=int, default=256, help="tokens per row (default: %(default)s)")
-    convert.add_argument("--batch", type=int, default=16, help="rows per step (default: %(default)s)")
+    convert.add_argument("--batch", type=int, default=8, help="rows per step (default: %(default)s)")
     convert.add_argument("--lr", type=float, help="peak learning rate (default: by model size)")
     convert.add_argument("--held-out", type=int, default=128, help="blocks kept for the report (default: %(default)s)")
     convert.add_argument("--bf16", action="store_true", help="mixed precision on a CPU that has bf16 units")

@@ -30,13 +30,13 @@ class AnyP:
 
     tokens: int = 3_000_000
     block: int = 256
-    batch: int = 16
+    batch: int = 8
     lr: float | None = None
     router_lr: float = 5e-3
     ce: float = 0.5
     kl: float = 0.5
     penalty: float = 1.0
-    dense_share: float = 0.25
+    dense_share: float = 0.125
     p_range: tuple[float, float] = (0.02, 0.98)
     warmup: float = 0.03
     bf16: bool = False

@@ -32,7 +32,7 @@ from modification.conversion.recipes import AnyP, default_lr
 from modification.measure.quality import Quality, sweep
 from modification.model import convert
 
-CALIBRATION_TOKENS = 16_384
+CALIBRATION_TOKENS = 8_192
 
 
 class AnyPTrainer(Trainer):
