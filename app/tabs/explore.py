@@ -23,6 +23,8 @@ EXAMPLES = [
     "Write a campfire story called `The Light on Miller's Pond`.",
 ]
 P_INFO = "Move it while text streams. 0: every token runs through every layer. Higher: more tokens skip layers."
+# On a phone the view lies below the controls: bring it up when it is about to fill.
+SHOW_VIEW = "() => { if (innerWidth < 700) document.querySelector('#status').scrollIntoView({behavior: 'smooth'}); }"
 OPENING = "A recorded example run. Press Generate for your own."
 
 
@@ -50,6 +52,7 @@ def build(service: Service) -> None:
         [generate.click, prompt.submit], _handlers(service), [prompt, p, *settings], [view, status, plot],
         show_progress="hidden", concurrency_limit=None, trigger_mode="once", api_name="generate",
     )
+    generate.click(None, js=SHOW_VIEW, show_progress="hidden", api_visibility="private")
     stop.click(
         lambda: _status("Stopped."), None, status, cancels=[run], queue=False, show_progress="hidden",
         api_visibility="private",
