@@ -30,12 +30,13 @@ def filled(model, ids, p, **call):
 
 @pytest.mark.parametrize("variant", ALL)
 def test_dense_bytes_are_what_the_dense_parent_stores(variant):
-    """Counted on the dense model's own cache; at p = 0 the MoD model stores as much."""
+    """Counted on the dense model's own cache, windows included; at p = 0 a model without windows stores as much."""
     dense, model, ids = dense_model(variant), mod_model(variant), tokens(2)
-    parent = dense(ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
+    parent = dense(ids, past_key_values=DynamicCache(config=dense.config), use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in parent.layers)
     assert filled(model, ids, 0.0).nbytes().dense == held
-    assert filled(model, ids, 0.0).nbytes().stored == held
+    if "window" not in variant:
+        assert filled(model, ids, 0.0).nbytes().stored == held
     assert filled(model, ids, 0.6).nbytes().dense == held
 
 

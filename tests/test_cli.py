@@ -58,7 +58,7 @@ def test_generate_prints_the_greedy_text_and_what_was_measured(folder, capsys):
     assert out.out == tokenizer.decode(made, skip_special_tokens=True) + "\n"
     ran = sum(int(step.routed.sum()) for step in steps) / sum(step.routed.size for step in steps)
     assert f"p 0.4, load {ran:.2f} (measured)" in out.err
-    assert f"{steps[-1].kv_stored:,} of {steps[-1].kv_dense:,} bytes" in out.err
+    assert f"KV {steps[-1].kv_stored:,} bytes (measured), dense parent {steps[-1].kv_dense:,} (estimated)" in out.err
 
 
 def test_generate_samples_repeatably(folder, capsys):
