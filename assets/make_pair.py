@@ -56,7 +56,8 @@ def make_pair(text: Path, name: str, work: Path, parent_tokens: int, mod_tokens:
 
 
 def _convert(text: Path, parent: Path, tokenizer: Any, held_out: np.ndarray, out: Path, tokens: int) -> None:
-    recipe = AnyP(tokens=tokens, block=512, batch=4, lr=1e-3, bf16=torch.cpu._is_avx512_bf16_supported())
+    bf16 = torch.cpu._is_avx512_bf16_supported()
+    recipe = AnyP(tokens=tokens, block=512, batch=4, lr=1e-3, dense_share=0.25, bf16=bf16)
     documents = list(read_documents(text, tokenizer, "train"))
     np.random.default_rng(1).shuffle(documents)
     blocks = pack(documents, recipe.block, tokens)
