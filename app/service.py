@@ -21,7 +21,7 @@ from app.present import Tape, tape_of_trace
 from app.turnstile import Turnstile
 from modification import MoDModel, RoutingTrace, Step, generate
 from modification.config import check_threshold
-from modification.loading import as_mod, load_dense_or_mod
+from modification.loading import as_mod, encode_prompt, load_dense_or_mod
 from modification.measure.cost import ModelShape
 
 MAX_PROMPT_CHARACTERS = 200_000
@@ -78,11 +78,6 @@ class Loaded:
     trained: bool = True
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
-    def chat(self) -> bool:
-        """Whether the model has a chat template."""
-        return bool(self.tokenizer.chat_template)
-
     def describe(self) -> str:
         """A line about the model."""
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
@@ -103,13 +98,6 @@ class Loaded:
     def context(self) -> int:
         """Longest prompt plus continuation, in tokens."""
         return int(self.model.config.max_position_embeddings)
-
-    def encode(self, prompt: str, chat: bool) -> list[int]:
-        """Token ids of a prompt, through the chat template if there is one and it is wanted."""
-        if chat and self.chat:
-            messages = [{"role": "user", "content": prompt}]
-            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
-        return list(self.tokenizer(prompt)["input_ids"])
 
 
 class Dial:
@@ -214,7 +202,7 @@ class Service:
                 del self._dials[session]
 
     def _generate(self, loaded: Loaded, dial: Dial, prompt: str, request: Request) -> Iterator[Update]:
-        ids = loaded.encode(prompt, request.chat)
+        ids = encode_prompt(loaded.tokenizer, prompt, request.chat)
         room = loaded.context - len(ids)
         if room <= 0:
             raise UserError(
@@ -254,7 +242,7 @@ def record(loaded: Loaded, request: Request, p: Any, title: str) -> RoutingTrace
     """
     trace = RoutingTrace(loaded.shape.depth, loaded.shape.mod_layers)
     reader, special = PieceReader(loaded.tokenizer), []
-    ids = loaded.encode(request.prompt, request.chat)
+    ids = encode_prompt(loaded.tokenizer, request.prompt, request.chat)
     for step in start(loaded, ids, p, request.max_new_tokens, request):
         pieces = [reader.read(int(token)) for token in step.tokens]
         special += [len(trace.texts) + at for at, piece in enumerate(pieces) if piece.special]

@@ -17,7 +17,7 @@ from modification.conversion.data import pack, read_documents
 from modification.conversion.recipes import AnyP
 from modification.conversion.train import train
 from modification.generate import generate
-from modification.loading import LoadError, load, load_dense_or_mod
+from modification.loading import LoadError, encode_prompt, load, load_dense_or_mod
 from modification.measure.quality import sweep, table
 from modification.model import MoDModel
 
@@ -72,12 +72,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     model, tokenizer = load(arguments.model)
-    text = arguments.prompt
-    if tokenizer.chat_template and not arguments.raw:
-        messages = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    else:
-        ids = tokenizer(text)["input_ids"]
+    ids = encode_prompt(tokenizer, arguments.prompt, chat=not arguments.raw)
     made: list[int] = []
     shown, ran, total, step = "", 0, 0, None
     for step in generate(

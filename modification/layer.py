@@ -48,11 +48,12 @@ class MoDLayer(nn.Module):
         gate = torch.sigmoid(logit)
         run = call.decide(self.layer_index, gate)
         if call.path == "masked":
-            return self._masked(hidden_states, logit, run, call, store, kwargs)
+            return self._masked(hidden_states, logit, gate, run, call, store, kwargs)
         return self._gathered(hidden_states, gate, run, call, store, kwargs)
 
     def _masked(
-        self, x: Tensor, logit: Tensor, run: Tensor, call: RoutingCall, store: RaggedLayer | None, kwargs: Arguments
+        self, x: Tensor, logit: Tensor, gate: Tensor, run: Tensor, call: RoutingCall, store: RaggedLayer | None,
+        kwargs: Arguments,
     ) -> Tensor:
         stays = run if call.config.kv == "evict" else call.real(run)
         columns = call.columns.to(x.device).expand(run.shape)
@@ -61,7 +62,7 @@ class MoDLayer(nn.Module):
         # A token sees itself even where it is skipped: what it would have been had it run.
         own = torch.eye(run.shape[1], dtype=torch.bool, device=x.device)
         mask[..., mask.shape[-1] - run.shape[1] :] &= stays[:, None, None, :] | own
-        y = self._block(x, torch.sigmoid(logit), call, self._arguments(kwargs, slots, mask))
+        y = self._block(x, gate, call, self._arguments(kwargs, slots, mask))
         out = torch.where(run[..., None], y, x)
         if call.config.gate == "straight_through" and torch.is_grad_enabled():
             out = out + straight_through(logit, call.p)[..., None].to(x.dtype) * (y - x).detach()

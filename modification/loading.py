@@ -84,6 +84,14 @@ def load_dense_or_mod(
     return model.eval(), tokenizer
 
 
+def encode_prompt(tokenizer: Any, prompt: str, chat: bool = True) -> list[int]:
+    """Token ids of a prompt: as a user's message if the tokenizer has a chat template and ``chat`` is set."""
+    if chat and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+    return list(tokenizer(prompt)["input_ids"])
+
+
 def resolve(path_or_hub_id: str | Path) -> str:
     """A checked local folder, or a Hub id, as a string for transformers.
 

@@ -69,7 +69,7 @@ def _wire_dial(service: Service, p: gr.Slider) -> None:
 
 
 def _settings(service: Service) -> list[Any]:
-    """Folded controls, in the order of ``_request``'s arguments."""
+    """Folded controls, in the order of the generate handler's arguments."""
     with gr.Accordion("Sampling", open=False):
         new_tokens = gr.Slider(1, service.limits.new_tokens, value=400, step=1, label="New tokens, at most")
         temperature = gr.Slider(0, 2, value=0.7, step=0.05, label="Temperature", info="0 takes the likeliest token")

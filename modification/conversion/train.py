@@ -107,9 +107,8 @@ def train(
     over eleven p's on ``held_out`` [N, T].
 
     Raises:
-        ValueError: a resumed run's settings differ from those it was started with.
+        ValueError: too little text for one batch, or a resumed run's settings differ from those it began with.
         FileExistsError: ``out`` holds a finished conversion, or an unfinished one and ``resume`` is not set.
-        ValueError: too little text for one batch.
     """
     if len(blocks) < recipe.batch:
         raise ValueError(f"the text gives {len(blocks)} blocks of {recipe.block} tokens, fewer than a batch of "
