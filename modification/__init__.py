@@ -3,14 +3,14 @@
 from modification.architectures import ConversionError
 from modification.cache import RaggedCache
 from modification.config import MoDConfig
-from modification.generate import generate
+from modification.generate import generate, generate_batch
 from modification.loading import LoadError, load
 from modification.model import MoDModel, convert, register, restore
 from modification.trace import RoutingTrace, Step
 
 __all__ = [
     "ConversionError", "LoadError", "MoDConfig", "MoDModel", "RaggedCache", "RoutingTrace", "Step",
-    "convert", "generate", "load", "restore",
+    "convert", "generate", "generate_batch", "load", "restore",
 ]
 __version__ = "0.1.0"
 

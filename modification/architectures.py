@@ -72,6 +72,8 @@ class Family:
         cache_argument: name under which a layer receives its cache.
         project_kv: (attention, normed x [B, T, D], cos/sin) -> keys and values [B, H, T, D].
         parallel: whether attention and MLP read the same residual.
+        llama_shaped: RMS norms before both sub-blocks, separate q, k, v projections with RoPE over the whole
+            head, a gated MLP: what the fast executor runs.
     """
 
     model_type: str
@@ -83,6 +85,7 @@ class Family:
     cache_argument: str = "past_key_values"
     project_kv: ProjectKV = _split_kv
     parallel: Callable[[Any], bool] = _never
+    llama_shaped: bool = False
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """The model's decoder layers."""
@@ -107,10 +110,10 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama"),
-        Family("mistral"),
-        Family("qwen2"),
-        Family("qwen3"),
+        Family("llama", llama_shaped=True),
+        Family("mistral", llama_shaped=True),
+        Family("qwen2", llama_shaped=True),
+        Family("qwen3", llama_shaped=True),
         Family(
             "gpt2", layers="transformer.h", attention="attn", attention_norm="ln_1", mlp_norm="ln_2",
             project_kv=_gpt2_kv,

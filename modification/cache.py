@@ -1,7 +1,8 @@
 """RaggedCache: keys and values of routed tokens only, with their own length per layer and row.
 
-Owns lengths, places, growth and bytes. An entry knows its column, the place of its token in the
-padded sequence; masks are built from columns, so entries need not be complete or in order.
+Owns what is stored where; growth and bytes are in storage.py. An entry knows its column, the place of its
+token in the padded sequence; masks are built from columns, so entries need not be complete or in order.
+Layers with a sliding window drop what has left it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from modification.storage import Buffer, Row
 
 NOWHERE = 2**31 - 1  # the column of a padding entry: later than every query
 
@@ -32,117 +35,23 @@ class KVBytes:
     dense: int
 
 
-class Buffer:
-    """Keys and values [..., H, n, D] of one row or batch, growing in steps along n."""
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add entries [..., H, n, D]."""
-        end = self.length + keys.shape[-2]
-        if self._keys is None or end > self._keys.shape[-2]:
-            self._keys = _grown(self._keys, keys, self.length, end)
-            self._values = _grown(self._values, values, self.length, end)
-        assert self._values is not None
-        self._keys[..., self.length : end, :] = keys
-        self._values[..., self.length : end, :] = values
-        self.length = end
-
-    @property
-    def keys(self) -> Tensor:
-        """Stored keys [..., H, length, D], a view."""
-        assert self._keys is not None
-        return self._keys[..., : self.length, :]
-
-    @property
-    def values(self) -> Tensor:
-        """Stored values [..., H, length, D], a view."""
-        assert self._values is not None
-        return self._values[..., : self.length, :]
-
-    def keep(self, where: Tensor | slice) -> None:
-        """Keep the entries at ``where`` along n, and no more room than they need."""
-        if self._keys is not None:
-            self._keys = self.keys[..., where, :].clone()
-            self._values = self.values[..., where, :].clone()
-            self.length = self._keys.shape[-2]
-
-    def copy(self) -> Buffer:
-        """An independent copy."""
-        other = Buffer()
-        if self._keys is not None:
-            other.append(self.keys, self.values)
-        return other
-
-    def take_rows(self, rows: Tensor) -> None:
-        """Replace the leading batch dimension by its ``rows``."""
-        if self._keys is not None and self._values is not None:
-            self._keys = self._keys.index_select(0, rows.to(self._keys.device))
-            self._values = self._values.index_select(0, rows.to(self._values.device))
-
-    def nbytes(self) -> tuple[int, int]:
-        """Bytes stored and bytes allocated."""
-        if self._keys is None or self._values is None:
-            return 0, 0
-        return self.keys.nbytes + self.values.nbytes, self._keys.nbytes + self._values.nbytes
-
-
-class Row(Buffer):
-    """One row's entries [H, n, D] with their columns [n]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._columns: Tensor | None = None
-
-    def add(self, keys: Tensor, values: Tensor, columns: Tensor) -> None:
-        """Add entries [H, n, D] that belong to ``columns`` [n]."""
-        start = self.length
-        self.append(keys, values)
-        assert self._keys is not None
-        capacity = self._keys.shape[-2]
-        if self._columns is None or len(self._columns) < capacity:
-            fresh = torch.empty(capacity, dtype=torch.int32, device=columns.device)
-            if self._columns is not None:
-                fresh[:start] = self._columns[:start]
-            self._columns = fresh
-        self._columns[start : self.length] = columns
-
-    @property
-    def columns(self) -> Tensor:
-        """Columns of the stored entries, [n]."""
-        return torch.empty(0, dtype=torch.int32) if self._columns is None else self._columns[: self.length]
-
-    def crop(self, end: int) -> None:
-        """Drop entries of columns from ``end`` on."""
-        if self.length:
-            where = (self.columns < end).nonzero().squeeze(1)
-            self._columns = self.columns[where].clone()
-            self.keep(where)
-
-    def copy(self) -> Row:
-        other = Row()
-        if self.length:
-            other.add(self.keys, self.values, self.columns)
-        return other
-
-    def nbytes(self) -> tuple[int, int]:
-        stored, allocated = super().nbytes()
-        return stored, allocated + (0 if self._columns is None else self._columns.nbytes)
-
-
 class _Layer(CacheLayerMixin):
-    """What dense and ragged layers share: ``seen`` columns, which is the length the model sees."""
+    """What dense and ragged layers share.
+
+    Attributes:
+        seen: columns that went by, stored or not: the length that the model sees.
+        window: sliding-window length in tokens, or None.
+        floor: entries of columns below this have left the window and were dropped. A margin is kept, so that
+            decoding methods that guess ahead can step back.
+    """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None = None) -> None:
         super().__init__()
-        self.seen = 0
+        self.seen, self.floor, self.window = 0, 0, window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -151,7 +60,7 @@ class _Layer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        return self.seen - self.floor + query_length, self.floor
 
     def get_max_length(self) -> int:
         return -1
@@ -170,19 +79,70 @@ class _Layer(CacheLayerMixin):
         """Replace the batch by its rows at ``indices``."""
         raise NotImplementedError
 
+    def row(self) -> Buffer:
+        """The storage of a batch of one row."""
+        raise NotImplementedError
+
+    def add(self, keys: Tensor, values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Store entries [H, n, D] of a batch of one row; all keys and values [H, K, D], before the window moves on."""
+        raise NotImplementedError
+
+    def row_columns(self) -> Tensor:
+        """Columns of the entries of a batch of one row, [K]."""
+        raise NotImplementedError
+
+    def advance(self, tokens: int) -> None:
+        """Count ``tokens`` new columns, stored or not, and drop what no later token can see."""
+        self.seen += tokens
+        if self.window is not None and (floor := self.seen - self.window + 1 - margin(self.window)) > self.floor:
+            self._drop_before(floor)
+            self.floor = floor
+
+    def _drop_before(self, column: int) -> None:
+        raise NotImplementedError
+
+    def cropped(self, tokens_to_remove: int) -> int:
+        """The length after ``crop``, which takes tokens to remove as a negative number (the stock contract).
+
+        Raises:
+            ValueError: a positive number, or a step back to where the window's entries are gone.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the tokens to remove as a negative number")
+        end = max(0, self.seen + tokens_to_remove)
+        if self.window is not None and self.floor > max(0, end - self.window + 1):
+            raise ValueError(
+                f"crop({tokens_to_remove}): the cache has {self.seen} tokens and dropped what left the sliding window "
+                f"of {self.window}; it can go back by {margin(self.window)} at most. Start from an empty cache"
+            )
+        return end
+
 
 class GrowingLayer(_Layer):
     """A dense layer's cache [B, H, T, D] that grows in steps instead of by concatenation."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__(window)
+        self.is_sliding = window is not None  # asked for by the stock masks
         self.buffer = Buffer()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.is_initialized = True
         self.buffer.append(key_states, value_states)
-        self.seen = self.buffer.length
-        return self.buffer.keys, self.buffer.values
+        found = self.buffer.keys, self.buffer.values
+        self.advance(key_states.shape[-2])
+        return found
+
+    def row(self) -> Buffer:
+        return self.buffer
+
+    def add(self, keys: Tensor, values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        self.is_initialized = True
+        self.buffer.append(keys[None], values[None])
+        return self.buffer.keys[0], self.buffer.values[0]
+
+    def row_columns(self) -> Tensor:
+        return torch.arange(self.floor, self.floor + self.buffer.length, device=self.buffer.keys.device)
 
     def batch_rows(self) -> int:
         return self.buffer.keys.shape[0] if self.buffer.length else 0
@@ -191,24 +151,27 @@ class GrowingLayer(_Layer):
         self.buffer.take_rows(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        if end := _crop_end(tokens_to_remove, self.seen):
-            self.buffer.keep(slice(0, end))
-            self.seen = end
-        elif tokens_to_remove:
+        if not (end := self.cropped(tokens_to_remove)):
             self.reset()
+        elif end < self.seen:
+            self.buffer.keep(slice(0, end - self.floor))
+            self.seen = end
 
     def reset(self) -> None:
-        self.buffer, self.seen = Buffer(), 0
+        self.buffer, self.seen, self.floor = Buffer(), 0, 0
 
     def nbytes(self) -> tuple[int, int]:
         return self.buffer.nbytes()
+
+    def _drop_before(self, column: int) -> None:
+        self.buffer.drop(column - self.floor)
 
 
 class RaggedLayer(_Layer):
     """A MoD layer's cache: one :class:`Row` per batch row, holding the tokens routed there."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__(window)
         self.rows: list[Row] = []
 
     def open(self, batch: int, rows: Sequence[int], columns: Tensor, stored: Tensor | None) -> Slots:
@@ -230,6 +193,19 @@ class RaggedLayer(_Layer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise RuntimeError("a ragged layer is written through open(); call the model, not its base model")
 
+    def row(self) -> Row:
+        if not self.rows:
+            self.rows, self.is_initialized = [Row()], True
+        return self.rows[0]
+
+    def add(self, keys: Tensor, values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        row = self.row()
+        row.add(keys, values, columns)
+        return row.keys, row.values
+
+    def row_columns(self) -> Tensor:
+        return self.rows[0].columns
+
     def lengths(self) -> list[int]:
         """Entries stored per row."""
         return [row.length for row in self.rows]
@@ -245,16 +221,22 @@ class RaggedLayer(_Layer):
         self.rows = [self.rows[i] if chosen.index(i) == at else self.rows[i].copy() for at, i in enumerate(chosen)]
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.seen = _crop_end(tokens_to_remove, self.seen)
-        for row in self.rows:
-            row.crop(self.seen)
+        end = self.cropped(tokens_to_remove)
+        if end < self.seen:
+            self.seen = end
+            for row in self.rows:
+                row.crop(end)
 
     def reset(self) -> None:
-        self.rows, self.seen = [], 0
+        self.rows, self.seen, self.floor = [], 0, 0
 
     def nbytes(self) -> tuple[int, int]:
         sizes = [row.nbytes() for row in self.rows]
         return sum(stored for stored, _ in sizes), sum(allocated for _, allocated in sizes)
+
+    def _drop_before(self, column: int) -> None:
+        for row in self.rows:
+            row.drop_before(column)
 
 
 class Slots:
@@ -301,20 +283,41 @@ class RaggedCache(Cache):
         mod_layers: which layers are MoD layers.
         entry_bytes: bytes of one token's keys and values in one layer.
         windows: sliding-window length of each layer, None where attention is full.
+
+    Attributes:
+        tokens: ids of the row that an executor has put in; empty when the cache was filled by the model's forward.
     """
 
     def __init__(self, windows: Sequence[int | None], mod_layers: Iterable[int], entry_bytes: int) -> None:
         routed = set(mod_layers)
-        layers = [RaggedLayer() if index in routed else GrowingLayer() for index in range(len(windows))]
+        layers = [(RaggedLayer if at in routed else GrowingLayer)(window) for at, window in enumerate(windows)]
         super().__init__(layers=list(layers))
         self.mod_layers = tuple(sorted(routed))
         self.entry_bytes = entry_bytes
         self.windows = tuple(windows)
+        self.tokens: list[int] = []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; their number is given as a negative one. All layers, or none if one can't."""
+        for layer in self.layers:
+            layer.cropped(tokens_to_remove)
+        super().crop(tokens_to_remove)
+        self.tokens = self.tokens[: self.get_seq_length()]
+
+    def reset(self) -> None:
+        """Empty the cache and free its memory."""
+        super().reset()
+        self.tokens = []
 
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` new columns in the MoD layers, whether or not they were stored there."""
         for index in self.mod_layers:
-            self.layers[index].seen += tokens
+            self.layers[index].advance(tokens)
+
+    def advance_all(self, tokens: int) -> None:
+        """Count ``tokens`` new columns in every layer: for callers that wrote rows themselves."""
+        for layer in self.layers:
+            layer.advance(tokens)
 
     def lengths(self) -> dict[int, list[int]]:
         """Entries stored per MoD layer and row."""
@@ -331,13 +334,9 @@ class RaggedCache(Cache):
         return KVBytes(sum(stored for stored, _ in sizes), sum(allocated for _, allocated in sizes), dense)
 
 
-def _grown(old: Tensor | None, like: Tensor, length: int, needed: int) -> Tensor:
-    """A larger buffer with ``old``'s first entries; a sixteenth of spare room keeps copying linear."""
-    capacity = needed if old is None else needed + needed // 16
-    fresh = like.new_empty((*like.shape[:-2], capacity, like.shape[-1]))
-    if old is not None:
-        fresh[..., :length, :] = old[..., :length, :]
-    return fresh
+def margin(window: int) -> int:
+    """Entries kept beyond a sliding window."""
+    return 16 + window // 16
 
 
 def _stack(parts: list[Tensor | None], length: int, like: Tensor) -> Tensor:
@@ -354,10 +353,3 @@ def _stack_columns(rows: list[Row], length: int, like: Tensor) -> Tensor:
     for at, row in enumerate(rows):
         out[at, : row.length] = row.columns.to(like.device)
     return out
-
-
-def _crop_end(tokens_to_remove: int, seen: int) -> int:
-    """The new length; the stock contract takes tokens to remove as a negative number."""
-    if tokens_to_remove > 0:
-        raise ValueError(f"crop({tokens_to_remove}): give the tokens to remove as a negative number")
-    return max(0, seen + tokens_to_remove)

@@ -1,7 +1,7 @@
 """Token ids in, a stream of Steps out; p is read at every step.
 
-One row, one cache, owned by the iterator: closing it frees the cache. Batches and the other decoding
-methods go through the model's own ``generate``.
+Each row has a cache of its own; closing the iterator frees it. How the tokens go through the model is the
+executor's affair. Other decoding methods (beams, guessing ahead) go through the model's own ``generate``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modification.cache import RaggedCache
 from modification.config import check_threshold
-from modification.model import MoDModel
+from modification.executor import Executor, Pass, executor_of
+from modification.model import MoDModel, check_cache
 from modification.trace import Step
 
 
@@ -30,6 +32,7 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     stop: Collection[int] | None = None,
+    cache: RaggedCache | None = None,
 ) -> Iterator[Step]:
     """Stream a continuation of one prompt.
 
@@ -44,17 +47,60 @@ def generate(
         top_p, top_k: keep the likeliest tokens of this mass, or this many (0: all).
         seed: makes sampling repeatable.
         stop: token ids that end the text; by default the model's end-of-sequence tokens.
+        cache: one from ``model.new_cache()``, to be kept for the next call: what it holds of this prompt is not
+            run again (with the decisions made then), and the first step has the remaining tokens alone. Without
+            it a cache is made and freed.
 
     Raises:
         ValueError: a value out of bounds, at the call itself and not at the first step.
     """
-    if not isinstance(model, MoDModel):
-        raise ValueError(f"{type(model).__name__} is not a MoD model: convert(model) first, or load() it")
-    ids = _prompt(model, input_ids, max_new_tokens)
-    read_p = p if callable(p) else _constant(p)
-    choose = Sampler(temperature, top_p, top_k, seed, model.device)
+    _check_model(model)
+    stream = Stream(
+        _prompt(model, input_ids, max_new_tokens), model.new_cache() if cache is None else _own(cache),
+        p if callable(p) else _constant(p), max_new_tokens, Sampler(temperature, top_p, top_k, seed, model.device),
+        frozenset(_end_tokens(model) if stop is None else stop),
+    )
+    return (step for _, step in _run(executor_of(model), [stream], keep=cache is not None))
+
+
+def generate_batch(
+    model: Any,
+    prompts: Sequence[Tensor | Sequence[int]],
+    *,
+    p: float | Sequence[float] | Callable[[], float],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    stop: Collection[int] | None = None,
+) -> Iterator[tuple[int, Step]]:
+    """Stream continuations of several prompts together: pairs of (row, step).
+
+    Each row is what :func:`generate` gives for its prompt alone, and stops by itself; rows of unlike lengths
+    need no padding. A step's ``seconds`` are those of the whole batch.
+
+    Args:
+        model: a MoD model.
+        prompts: one per row, [T] each.
+        p: one threshold, one per row, or a function read at every step.
+        seed: the same for every row.
+        max_new_tokens, temperature, top_p, top_k, stop: as in :func:`generate`.
+
+    Raises:
+        ValueError: a value out of bounds, at the call itself.
+    """
+    _check_model(model)
+    dials = _dials(p, len(prompts))
     ends = frozenset(_end_tokens(model) if stop is None else stop)
-    return _stream(model, ids, read_p, max_new_tokens, choose, ends)
+    streams = [
+        Stream(
+            _prompt(model, prompt, max_new_tokens), model.new_cache(), dial, max_new_tokens,
+            Sampler(temperature, top_p, top_k, seed, model.device), ends,
+        )
+        for prompt, dial in zip(prompts, dials, strict=True)
+    ]
+    return _run(executor_of(model), streams, keep=False)
 
 
 class Sampler:
@@ -95,43 +141,98 @@ class Sampler:
         return weights
 
 
-def _stream(
-    model: Any, ids: Tensor, read_p: Callable[[], float], budget: int, choose: Sampler, ends: frozenset[int]
-) -> Iterator[Step]:
-    cache = model.new_cache()
+class Stream:
+    """One row of a generation: its tokens, cache, threshold and sampler."""
+
+    def __init__(
+        self, ids: Tensor, cache: RaggedCache, read_p: Callable[[], float], budget: int, choose: Sampler,
+        ends: frozenset[int],
+    ) -> None:
+        self.ids, self.cache, self.read_p, self.choose, self.ends = ids, cache, read_p, choose, ends
+        self.left = budget
+        self.logits: Tensor | None = None
+        self.token, self.logprob = -1, float("nan")
+
+    def prefill(self, executor: Executor) -> Step:
+        """Run what the cache doesn't hold of the prompt."""
+        start, p = time.perf_counter(), check_threshold(self.read_p())
+        fresh = self.ids[_reusable(self.cache, self.ids.tolist()) :]
+        done = executor.prefill(fresh, self.cache, p)
+        self.logits = done.logits[0]
+        return self._step(fresh.cpu().numpy(), done.scores, done.routed, p, start, prefill=True)
+
+    @property
+    def ended(self) -> bool:
+        """Whether a stop token came or the budget is spent."""
+        return self.left == 0 or self.token in self.ends
+
+    def pick(self) -> int:
+        """Choose the next token from the last logits."""
+        assert self.logits is not None
+        self.token, self.logprob = self.choose(self.logits)
+        self.left -= 1
+        return self.token
+
+    def accept(self, done: Pass, row: int, p: float, start: float) -> Step:
+        """Take this row's share of a decode step."""
+        self.logits, one = done.logits[row], slice(row, row + 1)
+        return self._step(np.array([self.token]), done.scores[:, one], done.routed[:, one], p, start)
+
+    def _step(self, tokens: Any, scores: Any, routed: Any, p: float, start: float, prefill: bool = False) -> Step:
+        size = self.cache.nbytes()
+        return Step(
+            tokens, np.full(len(tokens), self.logprob, np.float32), scores, routed, p, size.stored, size.allocated,
+            size.dense, time.perf_counter() - start, prefill,
+        )
+
+
+def _run(executor: Executor, streams: Sequence[Stream], keep: bool) -> Iterator[tuple[int, Step]]:
+    """Prompts row by row, then all rows that go on, one token each at a time."""
     try:
-        start = time.perf_counter()
-        logprob, tokens = float("nan"), ids
-        for index in range(budget + 1):
-            threshold = check_threshold(read_p())
-            with torch.inference_mode():
-                out = model(
-                    input_ids=tokens, past_key_values=cache, use_cache=True, p=threshold, output_router_scores=True,
-                    logits_to_keep=1,
-                )
-                scores = torch.cat(out.router_scores).cpu().numpy()
-                routed = torch.cat(out.routed).cpu().numpy()
-            size = cache.nbytes()
-            count = tokens.shape[1]
-            now = time.perf_counter()
-            yield Step(
-                tokens[0].cpu().numpy(), np.full(count, logprob, np.float32), scores, routed, threshold,
-                size.stored, size.allocated, size.dense, now - start, prefill=index == 0,
-            )
-            if index == budget or (index and int(tokens[0, -1]) in ends):
-                return
+        for row, stream in enumerate(streams):
+            yield row, stream.prefill(executor)
+        while going := [(row, stream) for row, stream in enumerate(streams) if not stream.ended]:
             start = time.perf_counter()
-            token, logprob = choose(out.logits[0, -1])
-            tokens = torch.tensor([[token]], device=ids.device)
+            tokens = [stream.pick() for _, stream in going]
+            p = [check_threshold(stream.read_p()) for _, stream in going]
+            done = executor.decode(tokens, [stream.cache for _, stream in going], p)
+            for at, (row, stream) in enumerate(going):
+                step = stream.accept(done, at, p[at], start)
+                if stream.ended and not keep:
+                    stream.cache.reset()
+                yield row, step
+    except Exception:
+        keep = False  # a cache that was written in part is of no use
+        raise
     finally:
+        if not keep:
+            for stream in streams:
+                stream.cache.reset()
+
+
+def _reusable(cache: RaggedCache, ids: list[int]) -> int:
+    """Prompt tokens that the cache holds already; it is cut back to them. The last token always runs anew."""
+    if len(cache.tokens) != cache.get_seq_length():
+        raise ValueError("the cache was filled by another call: give one that model.new_cache() made")
+    same = 0
+    for held, given in zip(cache.tokens, ids[:-1], strict=False):
+        if held != given:
+            break
+        same += 1
+    try:
+        if same < len(cache.tokens):
+            cache.crop(same - len(cache.tokens))
+    except ValueError:  # what a sliding window dropped can't come back: start anew
         cache.reset()
+        return 0
+    return same
 
 
 def _prompt(model: Any, input_ids: Tensor | Sequence[int], budget: int) -> Tensor:
     ids = torch.as_tensor(input_ids, dtype=torch.long, device=model.device)
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.shape[0] != 1:
-        raise ValueError(f"input_ids of shape {tuple(ids.shape)}: give one row, or use model.generate for batches")
+        raise ValueError(f"input_ids of shape {tuple(ids.shape)}: give one row, or use generate_batch")
     tokens, vocabulary = ids.shape[1], model.config.vocab_size
     if not tokens:
         raise ValueError("the prompt is empty: give at least one token")
@@ -145,7 +246,30 @@ def _prompt(model: Any, input_ids: Tensor | Sequence[int], budget: int) -> Tenso
             f"the prompt has {tokens} tokens and max_new_tokens is {budget}: together more than the model's context "
             f"of {context}; shorten the prompt or ask for at most {max(0, context - tokens)} new tokens"
         )
-    return ids
+    return ids[0]
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, MoDModel):
+        raise ValueError(f"{type(model).__name__} is not a MoD model: convert(model) first, or load() it")
+
+
+def _own(cache: object) -> RaggedCache:
+    check_cache(cache)
+    assert isinstance(cache, RaggedCache)
+    return cache
+
+
+def _dials(p: float | Sequence[float] | Callable[[], float], rows: int) -> list[Callable[[], float]]:
+    if not rows:
+        raise ValueError("prompts is empty: give at least one")
+    if callable(p):
+        return [p] * rows
+    if isinstance(p, Sequence):
+        if len(p) != rows:
+            raise ValueError(f"p has {len(p)} values for a batch of {rows}: give one number, or one per row")
+        return [_constant(value) for value in p]
+    return [_constant(p)] * rows
 
 
 def _constant(p: float) -> Callable[[], float]:

@@ -37,11 +37,31 @@ class MoDCausalLMOutput(CausalLMOutputWithPast):
     routed: tuple[Tensor, ...] | None = None
 
 
+class Slot:
+    """Room beside a model for what is worked out from its weights; stays behind when the model is copied or saved.
+
+    Attributes:
+        value: what was worked out, or None.
+        signature: the state of the weights it was worked out from.
+    """
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.signature: tuple[Any, ...] = ()
+
+    def __deepcopy__(self, memo: Any) -> Slot:
+        return Slot()
+
+    def __reduce__(self) -> Any:
+        return Slot, ()
+
+
 class MoDModel(PreTrainedModel, GenerationMixin):
     """Mixed in before a family's causal LM; made by :func:`mod_model_class`."""
 
     family: Family
     config: Any
+    executor_slot: Slot
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -57,10 +77,14 @@ class MoDModel(PreTrainedModel, GenerationMixin):
         """Indices of the MoD layers."""
         return self.mod_config.layer_indices(self.config.num_hidden_layers)
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Sliding-window length of each layer in tokens, None where attention is full."""
+        return tuple(window_of(self.config, layer) for layer in range(self.config.num_hidden_layers))
+
     def new_cache(self) -> RaggedCache:
         """An empty cache for this model; belongs to one generation."""
-        windows = [window_of(self.config, layer) for layer in range(self.config.num_hidden_layers)]
-        return RaggedCache(windows, self.mod_layers, entry_bytes(self.config, self.dtype))
+        return RaggedCache(self.windows, self.mod_layers, entry_bytes(self.config, self.dtype))
 
     def forward(
         self,
@@ -227,6 +251,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(layer, MoDLayer):
             del layer.router, layer.layer_index, layer.window
             layer.__class__ = type(layer).__mro__[2]
+    del model.executor_slot
     config: Any = model.config
     del config.mod
     config.__class__ = type(config).__mro__[1]
@@ -247,6 +272,7 @@ def _install(model: Any, config: MoDConfig) -> None:
         layer.router = Router(settings.hidden_size, INITIAL_BIAS[config.gate]).to(like.device)
         layer.layer_index, layer.window = index, window_of(settings, index)
         layer.router.train(layer.training)
+    model.executor_slot = Slot()
     # Device maps must treat a routed layer as one piece too.
     model._no_split_modules = {*(model._no_split_modules or []), type(layer).__name__}
 

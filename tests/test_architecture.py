@@ -14,8 +14,8 @@ APP = REPO / "app"
 
 # A module may import those before it, and its own package.
 ORDER = (
-    "config", "trace", "architectures", "routing", "cache", "layer", "model", "loading", "generate", "measure",
-    "conversion", "cli",
+    "config", "trace", "architectures", "routing", "storage", "cache", "layer", "model", "executor", "loading",
+    "generate", "measure", "conversion", "cli",
 )
 ENTRANCES = ("__init__", "__main__")
 TORCH_FREE = ("config", "trace")

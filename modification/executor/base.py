@@ -1,0 +1,97 @@
+"""What an executor is, and the one that works for every model: the model's own forward."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from modification.cache import RaggedCache
+
+CHUNK = 2048  # prompt tokens that go through the layers together: bounds the memory of activations
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pass:
+    """What a call reports.
+
+    Attributes:
+        logits: of the last token (prefill, B = 1) or of each row's token (decode), [B, V].
+        scores: router gates per MoD layer, [M, N] for N tokens or rows.
+        routed: whether they ran there, [M, N].
+    """
+
+    logits: Tensor
+    scores: npt.NDArray[np.float32]
+    routed: npt.NDArray[np.bool_]
+
+
+class Executor(ABC):
+    """Runs prompts and tokens through one model. Each row of a batch has a cache and a threshold of its own.
+
+    Attributes:
+        name: ``"fast"`` or ``"stock"``.
+        note: which path runs and why, for people.
+    """
+
+    name: ClassVar[str]
+    note: str
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, cache: RaggedCache, p: float) -> Pass:
+        """Tokens [T] of one row after what its cache holds; in chunks, with the same logits as at once."""
+        done = []
+        for part, last in _chunks(ids):
+            done.append(self._chunk(part, cache, p, last))
+            cache.tokens.extend(part.tolist())
+        scores = np.concatenate([part.scores for part in done], axis=1)
+        return Pass(done[-1].logits, scores, np.concatenate([part.routed for part in done], axis=1))
+
+    @torch.inference_mode()
+    def decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[float]) -> Pass:
+        """One token of each of B rows."""
+        done = self._decode(tokens, caches, p)
+        for token, cache in zip(tokens, caches, strict=True):
+            cache.tokens.append(token)
+        return done
+
+    @abstractmethod
+    def _chunk(self, ids: Tensor, cache: RaggedCache, p: float, last: bool) -> Pass:
+        """One chunk of a prompt; its logits matter only if it is the ``last``."""
+
+    @abstractmethod
+    def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[float]) -> Pass: ...
+
+
+class Stock(Executor):
+    """Every family, quantised and spread models included: transformers' layers, row by row."""
+
+    name = "stock"
+
+    def __init__(self, model: Any, why: str) -> None:
+        self.model, self.note = model, f"stock transformers layers: {why}"
+
+    def _chunk(self, ids: Tensor, cache: RaggedCache, p: float, last: bool) -> Pass:
+        out = self.model(
+            input_ids=ids[None], past_key_values=cache, use_cache=True, p=p, output_router_scores=True, logits_to_keep=1
+        )
+        return Pass(out.logits[:, -1], torch.cat(out.router_scores).cpu().numpy(), torch.cat(out.routed).cpu().numpy())
+
+    def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[float]) -> Pass:
+        rows = [
+            self._chunk(torch.tensor([token], device=self.model.device), cache, threshold, True)
+            for token, cache, threshold in zip(tokens, caches, p, strict=True)
+        ]
+        scores, routed = (np.concatenate([getattr(row, name) for row in rows], axis=1) for name in ("scores", "routed"))
+        return Pass(torch.cat([row.logits for row in rows]), scores, routed)
+
+
+def _chunks(ids: Tensor) -> Iterator[tuple[Tensor, bool]]:
+    for start in range(0, len(ids), CHUNK):
+        yield ids[start : start + CHUNK], start + CHUNK >= len(ids)

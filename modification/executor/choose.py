@@ -1,0 +1,98 @@
+"""Which executor runs a model: the fast one if nothing speaks against it and its logits are the stock path's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from modification.executor.base import Executor, Stock
+from modification.executor.fast import Fast, blocks_of
+from modification.executor.native import NativeDecoder, library, native_obstacle
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies don't depend on the length
+PROBE = 24  # tokens of the check: a prompt, then single tokens
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}  # of the largest logit
+
+
+def executor_of(model: Any) -> Executor:
+    """The executor for a MoD model; the choice is checked once and kept until its weights move."""
+    held, signature = model.executor_slot, _signature(model)
+    if held.value is None or held.signature != signature:
+        held.value, held.signature = choose(model), signature
+    found: Executor = held.value
+    return found
+
+
+def choose(model: Any) -> Executor:
+    """The fast executor, or the stock one with the reason in its note."""
+    if (why := obstacle(model)) is not None:
+        return Stock(model, why)
+    blocks = blocks_of(model)
+    why, native = native_obstacle(model, blocks), None
+    if why is None:
+        built, why = library()
+        native = None if built is None else NativeDecoder(model, blocks, built)
+    cuda = model.device.type == "cuda"
+    note = f"fast: {why}" if native is not None else f"fast: torch ({why})"
+    fast = Fast(model, native, note, compiled=cuda)
+    difference = disagreement(model, fast)
+    if difference <= TOLERANCE[model.dtype]:
+        return fast
+    return Stock(model, f"the fast path's logits differ by {difference:.2g} of the largest one")
+
+
+def obstacle(model: Any) -> str | None:
+    """Why the fast executor can't run this model at all; None if it can."""
+    config, mod = model.config, model.mod_config
+    if not model.family.llama_shaped:
+        return f"{config.model_type} is not Llama-shaped"
+    if mod.kv != "evict" or mod.gate != "straight_through":
+        return f"kv={mod.kv!r} with gate={mod.gate!r} runs there only"
+    if model.training:
+        return "the model is in training mode"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        return f"RoPE of type {rope!r}"
+    if model.dtype not in TOLERANCE:
+        return f"dtype {model.dtype}"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "the model is spread over devices"
+    if any(_hooked(module) for module in model.modules()):
+        return "hooks are attached"
+    if 2 * len(model.model.rotary_emb.inv_freq) != blocks_of(model)[0].head:
+        return "RoPE covers a part of the head"
+    return None
+
+
+def _hooked(module: Any) -> bool:
+    return hasattr(module, "_hf_hook") or bool(module._forward_hooks) or bool(module._forward_pre_hooks)
+
+
+def disagreement(model: Any, fast: Executor) -> float:
+    """Largest difference between the two paths' logits at p = 0, over the largest logit: prefill and decode."""
+    length = min(PROBE, getattr(model.config, "max_position_embeddings", None) or PROBE)
+    ids = torch.arange(length, device=model.device) % model.config.vocab_size
+    worst = 0.0
+    with torch.inference_mode():
+        logits = model(input_ids=ids[None], p=0.0, use_cache=False).logits[0].float()
+        scale = max(logits.abs().max().item(), 1e-6)
+        cache, start = model.new_cache(), max(1, length - 4)
+        for at in range(start, length + 1):
+            if at == start:
+                found = fast.prefill(ids[:at], cache, 0.0)
+            else:
+                found = fast.decode([int(ids[at - 1])], [cache], [0.0])
+            difference = (found.logits[0].float().to(logits.device) - logits[at - 1]).abs().max().item()
+            worst = difference / scale if not difference / scale <= worst else worst
+    return worst
+
+
+def _signature(model: Any) -> tuple[Any, ...]:
+    """Changes when weights move, change type, or a router is trained on."""
+    places = tuple((id(parameter), parameter.data_ptr(), parameter.dtype) for parameter in model.parameters())
+    routers = tuple(
+        parameter._version for name, parameter in model.named_parameters() if ".router." in name
+        if not parameter.is_inference()
+    )
+    return (*places, *routers, model.training, str(model.config.mod))

@@ -1,0 +1,149 @@
+"""The fast executor for Llama-shaped families: no framework between the kernels, no work for skipped tokens.
+
+Prefill gathers the routed tokens of a chunk in each MoD layer. Decode scores a row at every router at once
+after each layer that ran: a skipped layer leaves the row as it is, so its score for the next one is known
+already, and skipping costs nothing. Shapes: N tokens of a chunk, W width, M MoD layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modification.cache import RaggedCache
+from modification.executor.base import Executor, Pass
+from modification.executor.blocks import Block, Rotation, attend
+from modification.executor.native import NativeDecoder
+from modification.routing import OPEN
+
+
+class Fast(Executor):
+    """Runs a model's layers through :class:`Block`; on a CPU, decodes with compiled kernels.
+
+    Args:
+        model: a MoD model that ``choose.obstacle`` has nothing against.
+        native: kernels for decoding, or None to decode in torch.
+        compiled: put ``torch.compile`` around the pieces of a layer (worth it on CUDA).
+    """
+
+    name = "fast"
+
+    def __init__(self, model: Any, native: NativeDecoder | None, note: str, compiled: bool = False) -> None:
+        self.model, self.native, self.note = model, native, note
+        self.base, self.anchors = model.model, model.mod_config.anchors
+        self.blocks = blocks_of(model)
+        routers = [block.router for block in self.blocks if block.router is not None]
+        self.routers = torch.cat([router.weight.detach().float() for router in routers])
+        self.biases = torch.cat([router.bias.detach().float() for router in routers])
+        self._project: Any = torch.compile(Block.project, dynamic=True) if compiled else Block.project
+        self._finish: Any = torch.compile(Block.finish, dynamic=True) if compiled else Block.finish
+
+    def _chunk(self, ids: Tensor, cache: RaggedCache, p: float, last: bool) -> Pass:
+        past = cache.get_seq_length()
+        columns = torch.arange(past, past + len(ids), device=ids.device)
+        x = self.base.embed_tokens(ids)
+        rotation = self._rotation(x, columns)
+        scores, routed = [], []
+        for index, block in enumerate(self.blocks):
+            chosen = None
+            if block.router is not None:
+                gate = torch.sigmoid(block.router(x[None])[0])
+                run = (gate >= p) | (columns < self.anchors)
+                scores.append(gate)
+                routed.append(run)
+                chosen = run.nonzero().squeeze(1)
+                if len(chosen) == len(ids):
+                    chosen = None
+            x = self._layer(block, x, chosen, columns, rotation, cache.layers[index])
+        cache.advance_all(len(ids))
+        logits = self._head(x[-1:]) if last else x[:0]
+        return Pass(logits, torch.stack(scores).cpu().numpy(), torch.stack(routed).cpu().numpy())
+
+    def _layer(
+        self, block: Block, x: Tensor, chosen: Tensor | None, columns: Tensor, rotation: Rotation, store: Any
+    ) -> Tensor:
+        """One layer on the chosen tokens (None: on all) of x [N, W]."""
+        if chosen is None:
+            return self._run(block, x, columns, rotation, store)
+        if not len(chosen):
+            return x
+        turned = (rotation[0][chosen], rotation[1][chosen])
+        return x.index_copy_(0, chosen, self._run(block, x[chosen], columns[chosen], turned, store))
+
+    def _run(self, block: Block, x: Tensor, columns: Tensor, rotation: Rotation, store: Any) -> Tensor:
+        q, k, v = self._project(block, x, rotation)
+        keys, values = store.add(k, v, columns)
+        places = None if block.window is None else store.row_columns()
+        out: Tensor = self._finish(block, x, attend(q, keys, values, places, block.window))
+        return out
+
+    def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[float]) -> Pass:
+        if self.native is not None:
+            return self.native.decode(tokens, caches, p)
+        device = self.model.device
+        places = [cache.get_seq_length() for cache in caches]
+        columns = torch.tensor(places, device=device)
+        x = self.base.embed_tokens(torch.tensor(tokens, device=device))
+        rotation = self._rotation(x, columns)
+        ahead = self._score(x).tolist()
+        scores, routed = np.empty((len(self.routers), len(tokens)), np.float32), list[list[bool]]()
+        for index, block in enumerate(self.blocks):
+            rows = list(range(len(tokens)))
+            if block.router is not None:
+                at = len(routed)
+                scores[at] = [gates[at] for gates in ahead]
+                runs = [bool(scores[at, row] >= p[row]) or places[row] < self.anchors for row in rows]
+                routed.append(runs)
+                rows = [row for row in rows if runs[row]]
+            if rows:
+                x, ahead = self._decode_layer(index, x, rows, columns, rotation, caches, ahead)
+        for cache in caches:
+            cache.advance_all(1)
+        return Pass(self._head(x), scores, np.array(routed))
+
+    def _decode_layer(
+        self, index: int, x: Tensor, rows: list[int], columns: Tensor, rotation: Rotation,
+        caches: Sequence[RaggedCache], ahead: list[list[float]],
+    ) -> tuple[Tensor, list[list[float]]]:
+        """The rows given through one layer, each over its own cache; one host synchronisation, for their scores."""
+        block, where = self.blocks[index], torch.tensor(rows, device=x.device)
+        q, k, v = self._project(block, x[where], (rotation[0][where], rotation[1][where]))
+        mixed = []
+        for at, row in enumerate(rows):
+            one, store = slice(at, at + 1), caches[row].layers[index]
+            keys, values = store.add(k[:, one], v[:, one], columns[row : row + 1])
+            places = None if block.window is None else store.row_columns()
+            mixed.append(attend(q[:, one], keys, values, places, block.window))
+        y = self._finish(block, x[where], torch.cat(mixed))
+        for row, gates in zip(rows, self._score(y).tolist(), strict=True):
+            ahead[row] = gates
+        return x.index_copy(0, where, y), ahead
+
+    def _score(self, x: Tensor) -> Tensor:
+        """Gates of all routers for x [B, W]: [B, M]."""
+        logits = F.linear(F.rms_norm(x.float(), x.shape[-1:]), self.routers, self.biases)
+        return torch.sigmoid(torch.nan_to_num(logits, nan=OPEN))
+
+    def _head(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model.lm_head(self.base.norm(x))
+        return out
+
+    def _rotation(self, x: Tensor, columns: Tensor) -> Rotation:
+        cos, sin = self.base.rotary_emb(x, columns[None])
+        return cos[0], sin[0]
+
+
+def blocks_of(model: Any) -> list[Block]:
+    """The model's layers, taken apart."""
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    windows = model.windows
+    return [
+        Block(layer, head, getattr(layer, "router", None), windows[index])
+        for index, layer in enumerate(model.family.decoder_layers(model))
+    ]

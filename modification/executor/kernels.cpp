@@ -1,0 +1,450 @@
+// Decoding on a CPU: one token of each of R rows through a Llama-shaped layer, in one parallel region.
+//
+// A decode step is bound by memory, so each kernel streams its weights, keys and values once and keeps
+// everything else in registers and first-level cache. Weights are read where torch holds them: nothing is
+// repacked or copied. Activations are float32 whatever the weights are.
+//
+// Compiled at first use by native.py, which mirrors the structs.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include <omp.h>
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int ROWS = 8;      // rows that share one pass over a matrix
+constexpr int KEYS = 128;    // keys per softmax block: a block of scores and keys stays in cache
+
+using vec = float __attribute__((vector_size(4 * LANES)));
+using ints = int32_t __attribute__((vector_size(4 * LANES)));
+using words = uint32_t __attribute__((vector_size(4 * LANES)));
+using halves = uint16_t __attribute__((vector_size(2 * LANES)));
+struct bf16 { uint16_t bits; };
+
+inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
+inline vec load(const bf16* p) {
+    halves h; std::memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, words) << 16);
+}
+inline float read(const float* p) { return *p; }
+inline float read(const bf16* p) { uint32_t w = (uint32_t)p->bits << 16; float f; std::memcpy(&f, &w, 4); return f; }
+inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+inline void write(float* p, float f) { *p = f; }
+inline void write(bf16* p, float f) {  // round to nearest even, as torch does
+    uint32_t w; std::memcpy(&w, &f, 4);
+    p->bits = (uint16_t)((w + 0x7FFF + ((w >> 16) & 1)) >> 16);
+}
+
+inline float sum(vec v) {
+    float s[LANES]; store(s, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) s[i] += s[i + half];
+    return s[0];
+}
+
+inline vec all(float f) { return f - vec{}; }
+
+// e^x for x <= 88: 2^n times a polynomial on [-0.5, 0.5] ln 2; relative error below 2e-7.
+inline vec exponential(vec x) {
+    x = x < -87.0f ? all(-87.0f) : x;
+    const ints whole = __builtin_convertvector(x * 1.44269504f + (x < 0.0f ? all(-0.5f) : all(0.5f)), ints);
+    const vec n = __builtin_convertvector(whole, vec);
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec y = all(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    return (vec)((ints)y + (whole << 23));
+}
+
+struct Span { int64_t from, to; };
+inline Span share(int64_t total, int thread, int threads) {
+    return {total * thread / threads, total * (thread + 1) / threads};
+}
+
+// y[r] = w . x[r] for N rows of x at once.
+template <int N, class T>
+inline void dots(const T* w, const float* const* x, int64_t width, float* y) {
+    vec a[N]{}, b[N]{};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= width; i += 2 * LANES) {
+        vec w0 = load(w + i), w1 = load(w + i + LANES);
+        for (int r = 0; r < N; ++r) {
+            a[r] += w0 * load(x[r] + i);
+            b[r] += w1 * load(x[r] + i + LANES);
+        }
+    }
+    for (int r = 0; r < N; ++r) y[r] = sum(a[r] + b[r]);
+    for (; i < width; ++i)
+        for (int r = 0; r < N; ++r) y[r] += read(w + i) * x[r][i];
+}
+
+// out(r, o, w[o] . x[r] + bias[o]) for outputs o in a span and all R rows.
+template <class T, class Out>
+void multiply(const T* w, const T* bias, const float* x, int64_t rows, int64_t width, Span span, Out out) {
+    for (int64_t first = 0; first < rows; first += ROWS) {
+        const int n = (int)std::min<int64_t>(ROWS, rows - first);
+        const float* at[ROWS];
+        for (int r = 0; r < n; ++r) at[r] = x + (first + r) * width;
+        for (int64_t o = span.from; o < span.to; ++o) {
+            float y[ROWS];
+            const T* row = w + o * width;
+            switch (n) {
+                case 1: dots<1>(row, at, width, y); break;
+                case 2: dots<2>(row, at, width, y); break;
+                case 3: dots<3>(row, at, width, y); break;
+                case 4: dots<4>(row, at, width, y); break;
+                case 5: dots<5>(row, at, width, y); break;
+                case 6: dots<6>(row, at, width, y); break;
+                case 7: dots<7>(row, at, width, y); break;
+                default: dots<8>(row, at, width, y);
+            }
+            const float b = bias ? read(bias + o) : 0.0f;
+            for (int r = 0; r < n; ++r) out(first + r, o, y[r] + b);
+        }
+    }
+}
+
+inline float inverse_rms(const float* x, int64_t width, float epsilon) {
+    float square = 0;
+    for (int64_t i = 0; i < width; ++i) square += x[i] * x[i];
+    return 1.0f / std::sqrt(square / (float)width + epsilon);
+}
+
+template <class T>
+void normalise(const float* x, const T* weight, int64_t width, float epsilon, float* out) {
+    const float scale = inverse_rms(x, width, epsilon);
+    for (int64_t i = 0; i < width; ++i) out[i] = x[i] * scale * read(weight + i);
+}
+
+// RoPE on one head (rotate-half form), after an optional per-head norm; in place.
+template <class T>
+void rotate(float* head, const T* norm, int64_t width, float epsilon, const float* cosines, const float* sines) {
+    if (norm) normalise(head, norm, width, epsilon, head);
+    for (int64_t i = 0, half = width / 2; i < half; ++i) {
+        const float a = head[i], b = head[i + half];
+        head[i] = a * cosines[i] - b * sines[i];
+        head[i + half] = b * cosines[i] + a * sines[i];
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Shape {
+    int64_t width, heads, kv_heads, head, inner, routers;
+    float epsilon, router_epsilon, scale;
+    int32_t half;  // 1: weights, keys and values are bfloat16; 0: float32
+};
+
+struct Layer {  // null where the layer has no such part
+    const void *norm, *q, *k, *v, *o, *q_bias, *k_bias, *v_bias, *o_bias, *q_norm, *k_norm, *mlp_norm, *gate, *up, *down;
+};
+
+struct Row {  // one row of the batch at this layer
+    void *keys, *values;      // [kv_heads, capacity, head]
+    int32_t* columns;         // [capacity], or null
+    int64_t capacity, start, end;  // live entries are start..end; the new one goes to end
+    int64_t index;            // the row's place in x
+    int64_t column;           // the token's place in its sequence
+    int64_t window;           // sliding-window length, or 0
+};
+
+}  // extern "C"
+
+namespace {
+
+// Online softmax over a stretch of keys: running maximum, sum and weighted values of one query head.
+struct Partial { float top, total; };
+
+template <class T>
+void attend(const T* keys, const T* values, int64_t count, const float* q, int64_t width, float scale,
+            Partial& partial, float* out) {
+    alignas(64) float s[KEYS];
+    for (int64_t j = 0; j < count; ++j) {
+        const T* key = keys + j * width;
+        vec a{};
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) a += load(q + i) * load(key + i);
+        float y = sum(a);
+        for (; i < width; ++i) y += q[i] * read(key + i);
+        s[j] = y * scale;
+    }
+    float top = partial.top;
+    for (int64_t j = 0; j < count; ++j) top = std::max(top, s[j]);
+    for (int64_t j = count; j < KEYS; ++j) s[j] = -1e30f;
+    vec total{};
+    for (int64_t j = 0; j < count; j += LANES) {
+        vec e = exponential(load(s + j) - top);
+        store(s + j, e);
+        for (int64_t l = count - j; l < LANES; ++l) e[l] = 0;
+        total += e;
+    }
+    const float fade = partial.total > 0 ? std::exp(partial.top - top) : 0.0f;
+    partial.total = partial.total * fade + sum(total);
+    partial.top = top;
+    int64_t i = 0;
+    for (; i + 4 * LANES <= width; i += 4 * LANES) {  // four vectors of the output at a time, in registers
+        vec o0 = load(out + i) * fade, o1 = load(out + i + LANES) * fade;
+        vec o2 = load(out + i + 2 * LANES) * fade, o3 = load(out + i + 3 * LANES) * fade;
+        for (int64_t j = 0; j < count; ++j) {
+            const T* value = values + j * width + i;
+            o0 += s[j] * load(value); o1 += s[j] * load(value + LANES);
+            o2 += s[j] * load(value + 2 * LANES); o3 += s[j] * load(value + 3 * LANES);
+        }
+        store(out + i, o0); store(out + i + LANES, o1); store(out + i + 2 * LANES, o2); store(out + i + 3 * LANES, o3);
+    }
+    for (; i < width; ++i) {
+        float o = out[i] * fade;
+        for (int64_t j = 0; j < count; ++j) o += s[j] * read(values + j * width + i);
+        out[i] = o;
+    }
+}
+
+// The first entry that the row's new token may see.
+inline int64_t first_visible(const Row& row) {
+    if (!row.window) return row.start;
+    if (!row.columns) return std::max(row.start, row.end - row.window + 1);
+    return std::upper_bound(row.columns + row.start, row.columns + row.end, (int32_t)(row.column - row.window)) - row.columns;
+}
+
+// All that one layer's threads share.
+template <class T>
+struct Pass {
+    const Layer& layer;
+    const Shape& shape;
+    const Row* rows;
+    int64_t count;
+    float* x;
+    const float *cosines, *sines;
+    int threads;
+    float *normed, *q, *k, *v, *mixed, *inner;  // scratch
+    float* parts;                               // [threads, heads per group, head] of split heads
+    Partial* partials;
+
+    const T* weight(const void* p) const { return (const T*)p; }
+    float* at(int64_t r) const { return x + rows[r].index * shape.width; }
+
+    float* norm(const void* w, int thread) const {
+        float* out = normed + thread * count * shape.width;
+        for (int64_t r = 0; r < count; ++r) normalise(at(r), weight(w), shape.width, shape.epsilon, out + r * shape.width);
+        return out;
+    }
+
+    void project(int thread) const {
+        const float* in = norm(layer.norm, thread);
+        const int64_t nq = shape.heads * shape.head, nk = shape.kv_heads * shape.head;
+        const Span mine = share(nq + 2 * nk, thread, threads);
+        auto part = [&](const void* w, const void* b, int64_t first, int64_t size, float* out) {
+            const Span span{std::max<int64_t>(mine.from - first, 0), std::min(mine.to - first, size)};
+            if (span.from < span.to)
+                multiply(weight(w), weight(b), in, count, shape.width, span,
+                         [&](int64_t r, int64_t o, float y) { out[r * size + o] = y; });
+        };
+        part(layer.q, layer.q_bias, 0, nq, q);
+        part(layer.k, layer.k_bias, nq, nk, k);
+        part(layer.v, layer.v_bias, nq + nk, nk, v);
+    }
+
+    // Total key positions over rows and heads; each thread takes an equal run of them.
+    int64_t work() const {
+        int64_t total = 0;
+        for (int64_t r = 0; r < count; ++r) total += (rows[r].end + 1 - rows[r].start) * shape.kv_heads;
+        return total;
+    }
+
+    void append(const Row& row, int64_t r, int64_t h) const {
+        float* key = k + (r * shape.kv_heads + h) * shape.head;
+        const float* value = v + (r * shape.kv_heads + h) * shape.head;
+        const int64_t half = shape.head / 2;
+        rotate(key, weight(layer.k_norm), shape.head, shape.epsilon, cosines + row.index * half, sines + row.index * half);
+        T* to = (T*)row.keys + (h * row.capacity + row.end) * shape.head;
+        for (int64_t i = 0; i < shape.head; ++i) write(to + i, key[i]);
+        to = (T*)row.values + (h * row.capacity + row.end) * shape.head;
+        for (int64_t i = 0; i < shape.head; ++i) write(to + i, value[i]);
+        if (row.columns && h == 0) row.columns[row.end] = (int32_t)row.column;
+    }
+
+    // This thread's run of keys. A head whose keys fall to several threads leaves partial sums to merge.
+    void attention(int thread, std::vector<int64_t>& split) const {
+        const int64_t group = shape.heads / shape.kv_heads, half = shape.head / 2;
+        const Span mine = share(work(), thread, threads);
+        int64_t first = 0;
+        for (int64_t r = 0; r < count; ++r) {
+            const Row& row = rows[r];
+            const int64_t keys = row.end + 1 - row.start;
+            for (int64_t h = 0; h < shape.kv_heads; ++h, first += keys) {
+                const int64_t from = std::max<int64_t>(mine.from - first, 0), to = std::min(mine.to - first, keys);
+                if (from >= to) continue;
+                if (to == keys) append(row, r, h);
+                const bool whole = from == 0 && to == keys;
+                float* out = mixed + (r * shape.heads + h * group) * shape.head;
+                if (!whole) out = parts + (split.size() + 2 * (size_t)thread) * group * shape.head;
+                Partial* partial = partials + (split.size() + 2 * (size_t)thread) * group;
+                std::vector<float> query(q + (r * shape.heads + h * group) * shape.head,
+                                         q + (r * shape.heads + (h + 1) * group) * shape.head);
+                for (int64_t g = 0; g < group; ++g) {
+                    rotate(query.data() + g * shape.head, weight(layer.q_norm), shape.head, shape.epsilon,
+                           cosines + row.index * half, sines + row.index * half);
+                    partial[g] = {-1e30f, 0};
+                }
+                std::fill(out, out + group * shape.head, 0.0f);
+                const T* ks = (const T*)row.keys + (h * row.capacity + row.start) * shape.head;
+                const T* vs = (const T*)row.values + (h * row.capacity + row.start) * shape.head;
+                for (int64_t j = from; j < to; j += KEYS)
+                    for (int64_t g = 0; g < group; ++g)
+                        attend(ks + j * shape.head, vs + j * shape.head, std::min<int64_t>(KEYS, to - j),
+                               query.data() + g * shape.head, shape.head, shape.scale, partial[g], out + g * shape.head);
+                if (!whole) { split.push_back(r * shape.kv_heads + h); continue; }
+                for (int64_t g = 0; g < group; ++g)
+                    for (int64_t i = 0; i < shape.head; ++i) out[g * shape.head + i] /= partial[g].total;
+            }
+        }
+    }
+
+    // Join the partial sums of split heads. A thread's run holds at most two of them: its first and its last.
+    void merge(const std::vector<std::vector<int64_t>>& split) const {
+        const int64_t group = shape.heads / shape.kv_heads;
+        for (int64_t head = 0; head < count * shape.kv_heads; ++head)
+            for (int64_t g = 0; g < group; ++g) {
+                float top = -1e30f, total = 0;
+                bool found = false;
+                auto each = [&](auto use) {
+                    for (int t = 0; t < threads; ++t)
+                        for (size_t s = 0; s < split[t].size(); ++s)
+                            if (split[t][s] == head) use((s + 2 * (size_t)t) * group + g);
+                };
+                each([&](size_t at) { top = std::max(top, partials[at].top); found = true; });
+                if (!found) break;
+                float* out = mixed + (head * group + g) * shape.head;
+                std::fill(out, out + shape.head, 0.0f);
+                each([&](size_t at) {
+                    const float weight = std::exp(partials[at].top - top);
+                    total += weight * partials[at].total;
+                    for (int64_t i = 0; i < shape.head; ++i) out[i] += weight * parts[at * shape.head + i];
+                });
+                for (int64_t i = 0; i < shape.head; ++i) out[i] /= total;
+            }
+    }
+
+    void add(const void* w, const void* bias, const float* in, int64_t width, int thread) const {
+        multiply(weight(w), weight(bias), in, count, width, share(shape.width, thread, threads),
+                 [&](int64_t r, int64_t o, float y) { at(r)[o] += y; });
+    }
+
+    void expand(int thread) const {  // silu(gate x) * (up x)
+        const float* in = norm(layer.mlp_norm, thread);
+        const Span span = share(shape.inner, thread, threads);
+        multiply(weight(layer.gate), (const T*)nullptr, in, count, shape.width, span,
+                 [&](int64_t r, int64_t o, float y) { inner[r * shape.inner + o] = y; });
+        multiply(weight(layer.up), (const T*)nullptr, in, count, shape.width, span, [&](int64_t r, int64_t o, float y) {
+            const float g = inner[r * shape.inner + o];
+            inner[r * shape.inner + o] = y * g / (1.0f + std::exp(-g));
+        });
+    }
+};
+
+// Logits of every router for rows of x: what the rows would score at each MoD layer if nothing ran before it.
+void score(const Shape& shape, const float* routers, const float* biases, const float* x, float* logits, int64_t r,
+           Span span) {
+    const float* row = x + r * shape.width;
+    const float scale = inverse_rms(row, shape.width, shape.router_epsilon);
+    for (int64_t m = span.from; m < span.to; ++m) {
+        float y;
+        dots<1>(routers + m * shape.width, &row, shape.width, &y);
+        logits[r * shape.routers + m] = y * scale + biases[m];
+    }
+}
+
+template <class T>
+void run(const Layer& layer, const Shape& shape, const Row* rows, int64_t count, float* x, const float* cosines,
+         const float* sines, const float* routers, const float* biases, float* logits, int threads) {
+    static thread_local std::vector<float> scratch;
+    static thread_local std::vector<Partial> partials;
+    const int64_t nq = shape.heads * shape.head, nk = shape.kv_heads * shape.head;
+    const int64_t group = shape.heads / shape.kv_heads;
+    const int64_t sizes[] = {threads * count * shape.width, count * nq, count * nk, count * nk, count * nq,
+                             count * shape.inner, 2 * threads * group * shape.head};
+    int64_t total = 0;
+    for (int64_t size : sizes) total += size;
+    if ((int64_t)scratch.size() < total) scratch.resize(total);
+    if ((int64_t)partials.size() < 2 * threads * group + group) partials.resize(2 * threads * group + group);
+    float* at[7];
+    float* next = scratch.data();
+    for (int i = 0; i < 7; ++i) { at[i] = next; next += sizes[i]; }
+    std::vector<Row> visible(rows, rows + count);
+    for (Row& row : visible) row.start = first_visible(row);
+    const Pass<T> pass{layer, shape, visible.data(), count, x, cosines, sines, threads,
+                       at[0], at[1], at[2], at[3], at[4], at[5], at[6], partials.data()};
+    std::vector<std::vector<int64_t>> split(threads);
+
+    #pragma omp parallel num_threads(threads)
+    {
+        const int t = omp_get_thread_num();
+        pass.project(t);
+        #pragma omp barrier
+        pass.attention(t, split[t]);
+        #pragma omp barrier
+        #pragma omp single
+        pass.merge(split);
+        pass.add(layer.o, layer.o_bias, pass.mixed, nq, t);
+        #pragma omp barrier
+        pass.expand(t);
+        #pragma omp barrier
+        pass.add(layer.down, nullptr, pass.inner, shape.inner, t);
+        #pragma omp barrier
+        for (int64_t r = 0; r < count; ++r)
+            score(shape, routers, biases, x, logits, visible[r].index, share(shape.routers, t, threads));
+    }
+}
+
+template <class T>
+void project_head(const T* norm, const T* weight, const Shape& shape, const float* x, int64_t count, int64_t vocabulary,
+                  float* out, int threads) {
+    static thread_local std::vector<float> normed;
+    normed.resize(count * shape.width);
+    float* in = normed.data();
+    for (int64_t r = 0; r < count; ++r)
+        normalise(x + r * shape.width, norm, shape.width, shape.epsilon, in + r * shape.width);
+    #pragma omp parallel num_threads(threads)
+    multiply(weight, (const T*)nullptr, in, count, shape.width, share(vocabulary, omp_get_thread_num(), threads),
+             [&](int64_t r, int64_t o, float y) { out[r * vocabulary + o] = y; });
+}
+
+}  // namespace
+
+extern "C" {
+
+// x [B, width] += the layer, for the rows given; then those rows' router logits [B, routers].
+void mod_layer(const Layer* layer, const Shape* shape, const Row* rows, int64_t count, float* x, const float* cosines,
+               const float* sines, const float* routers, const float* biases, float* logits, int32_t threads) {
+    if (shape->half)
+        run<bf16>(*layer, *shape, rows, count, x, cosines, sines, routers, biases, logits, threads);
+    else
+        run<float>(*layer, *shape, rows, count, x, cosines, sines, routers, biases, logits, threads);
+}
+
+// Router logits [count, routers] of x [count, width].
+void mod_score(const Shape* shape, const float* routers, const float* biases, const float* x, int64_t count, float* logits) {
+    for (int64_t r = 0; r < count; ++r) score(*shape, routers, biases, x, logits, r, {0, shape->routers});
+}
+
+// Final norm and vocabulary projection: x [count, width] -> out [count, vocabulary].
+void mod_head(const void* norm, const void* weight, const Shape* shape, const float* x, int64_t count,
+              int64_t vocabulary, float* out, int32_t threads) {
+    if (shape->half)
+        project_head((const bf16*)norm, (const bf16*)weight, *shape, x, count, vocabulary, out, threads);
+    else
+        project_head((const float*)norm, (const float*)weight, *shape, x, count, vocabulary, out, threads);
+}
+
+}  // extern "C"

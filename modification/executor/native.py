@@ -1,0 +1,251 @@
+"""Decoding with the kernels of kernels.cpp: built once per machine, read from a cache after that.
+
+Mirrors the structs of kernels.cpp. Weights, keys and values are passed by address and never copied, so the
+addresses are checked before each generation (``choose.executor_of``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modification.cache import RaggedCache
+from modification.executor.base import Pass
+from modification.executor.blocks import Block
+from modification.routing import OPEN
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+# Fast maths short of -ffast-math: that one would also change how the whole process treats denormals.
+FLAGS = (
+    "-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math",
+)
+BUILD_SECONDS = 300
+_Pointer, _Count = ctypes.c_void_p, ctypes.c_int64
+_PARTS = (
+    "norm", "q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm", "mlp_norm", "gate", "up",
+    "down",
+)
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, _Count) for name in ("width", "heads", "kv_heads", "head", "inner", "routers")),
+        *((name, ctypes.c_float) for name in ("epsilon", "router_epsilon", "scale")), ("half", ctypes.c_int32),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, _Pointer) for name in _PARTS]
+
+
+class _Row(ctypes.Structure):
+    _fields_ = [
+        *((name, _Pointer) for name in ("keys", "values", "columns")),
+        *((name, _Count) for name in ("capacity", "start", "end", "index", "column", "window")),
+    ]
+
+
+class NativeDecoder:
+    """One decode step of a Llama-shaped MoD model on the CPU.
+
+    Args:
+        model: float32 or bfloat16, plain linear layers, SiLU MLPs (see :func:`native_obstacle`).
+        blocks: its layers.
+        library: the built kernels.
+    """
+
+    def __init__(self, model: Any, blocks: Sequence[Block], library: ctypes.CDLL) -> None:
+        self.model, self.blocks, self.library = model, blocks, library
+        config, base = model.config, model.model
+        self.embedding, self.anchors = base.embed_tokens.weight, model.mod_config.anchors
+        self.layers = [_layer(block) for block in blocks]
+        routers = [block.router for block in blocks if block.router is not None]
+        self.routers = torch.cat([router.weight.detach().float() for router in routers]).contiguous()
+        self.biases = torch.cat([router.bias.detach().float() for router in routers]).contiguous()
+        head, kv_heads = blocks[0].head, config.num_key_value_heads
+        self.shape = _Shape(
+            config.hidden_size, config.num_attention_heads, kv_heads, head, config.intermediate_size, len(routers),
+            config.rms_norm_eps, torch.finfo(torch.float32).eps, blocks[0].attention.scaling,
+            int(model.dtype == torch.bfloat16),
+        )
+        self.like = torch.empty(kv_heads, 0, head, dtype=model.dtype)
+
+    def decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[float]) -> Pass:
+        """One token of each of B rows; see :meth:`Executor.decode`."""
+        count, routers = len(tokens), self.shape.routers
+        places = [cache.get_seq_length() for cache in caches]
+        x = self.embedding[torch.tensor(tokens)].float()
+        cosines, sines = self._angles(places)
+        ahead = (ctypes.c_float * (count * routers))()
+        router_pointers = (self.routers.data_ptr(), self.biases.data_ptr())
+        threads, shape = torch.get_num_threads(), ctypes.byref(self.shape)
+        self.library.mod_score(shape, *router_pointers, x.data_ptr(), count, ahead)
+        everyone, rows = range(count), (_Row * count)()
+        fixed = (x.data_ptr(), cosines.data_ptr(), sines.data_ptr(), *router_pointers, ahead, threads)
+        scores, routed = list[list[float]](), list[list[bool]]()
+        for index, block in enumerate(self.blocks):
+            running: Sequence[int] = everyone
+            if block.router is not None:
+                gates = [_gate(ahead[row * routers + len(scores)]) for row in everyone]
+                runs = [gates[row] >= p[row] or places[row] < self.anchors for row in everyone]
+                scores.append(gates)
+                routed.append(runs)
+                running = [row for row in everyone if runs[row]]
+            if not running:
+                continue
+            stores = [caches[row].layers[index].row() for row in running]
+            for at, (row, store) in enumerate(zip(running, stores, strict=True)):
+                self._place(rows[at], store, row, places[row], block.window)
+            self.library.mod_layer(self.layers[index], shape, rows, len(running), *fixed)
+            for store in stores:
+                store.end += 1
+        for cache in caches:
+            cache.advance_all(1)
+        return Pass(self._head(x), np.array(scores, np.float32), np.array(routed))
+
+    def _place(self, row: _Row, store: Any, index: int, column: int, window: int | None) -> None:
+        if store.end == store.capacity:
+            store.reserve(1, self.like)
+        row.keys, row.values, row.columns = store.addresses
+        row.capacity, row.start, row.end = store.capacity, store.start, store.end
+        row.index, row.column, row.window = index, column, window or 0
+
+    def _angles(self, places: list[int]) -> tuple[Tensor, Tensor]:
+        """cos and sin of RoPE, [B, D / 2]."""
+        rotary = self.model.model.rotary_emb
+        angles = torch.tensor(places, dtype=torch.float32)[:, None] * rotary.inv_freq.float()
+        scaling: float = rotary.attention_scaling
+        return angles.cos() * scaling, angles.sin() * scaling
+
+    def _head(self, x: Tensor) -> Tensor:
+        weight = self.model.lm_head.weight
+        out = torch.empty(len(x), len(weight))
+        self.library.mod_head(
+            self.model.model.norm.weight.data_ptr(), weight.data_ptr(), ctypes.byref(self.shape), x.data_ptr(), len(x),
+            len(weight), out.data_ptr(), torch.get_num_threads(),
+        )
+        return out
+
+
+def native_obstacle(model: Any, blocks: Sequence[Block]) -> str | None:
+    """Why the kernels can't run this model; None if they can."""
+    if model.device.type != "cpu":
+        return f"the weights are on {model.device.type}"
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        return f"{str(model.dtype).removeprefix('torch.')} has no CPU kernel"
+    if model.config.hidden_act != "silu":
+        return f"activation {model.config.hidden_act} has no CPU kernel"
+    parts = [part for block in blocks for part in _modules(block).values() if part is not None] + [model.lm_head]
+    linear = [part for part in parts if hasattr(part, "in_features")]
+    if any(type(part) is not nn.Linear for part in linear):
+        return "some projections are not plain linear layers"
+    if model.lm_head.bias is not None or any(part.bias is not None for b in blocks for part in b.mlp.children() if
+                                             isinstance(part, nn.Linear)):
+        return "biases in the MLP or the head have no CPU kernel"
+    if any(part.weight.dtype != model.dtype or not part.weight.is_contiguous() for part in parts):
+        return "the weights are not all of one type and contiguous"
+    return None
+
+
+@functools.cache
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """The kernels, or None, and what is to be said about it. Built at first use, then read from a cache."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        return None, "no C++ compiler found (g++ or clang++)"
+    path = cache_folder() / f"kernels-{_key(compiler)}.so"
+    try:
+        if not path.is_file():
+            build(compiler, path)
+        return _typed(ctypes.CDLL(str(path))), "compiled CPU kernels"
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, f"the CPU kernels could not be built: {_reason(error)}"
+
+
+def cache_folder() -> Path:
+    """Where built kernels are kept: MODIFICATION_CACHE, or the user's cache folder."""
+    given = os.environ.get("MODIFICATION_CACHE")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(given) if given else home / "modification"
+
+
+def build(compiler: str, path: Path) -> None:
+    """Compile the kernels to ``path``; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    logging.getLogger("modification").warning("Compiling the CPU kernels, once on this machine (about 10 seconds)...")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        subprocess.run(
+            [compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True,
+            timeout=BUILD_SECONDS,
+        )
+        made.replace(path)
+
+
+def _key(compiler: str) -> str:
+    """Names a build: another source, flag, compiler or processor makes another file."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30).stdout
+    parts = (SOURCE.read_text(), " ".join(FLAGS), version, platform.machine(), platform.processor(), flags)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Declare the functions' arguments."""
+    p, n, i = _Pointer, _Count, ctypes.c_int32
+    library.mod_layer.argtypes = [p, p, p, n, p, p, p, p, p, p, i]
+    library.mod_score.argtypes = [p, p, p, p, n, p]
+    library.mod_head.argtypes = [p, p, p, p, n, n, p, i]
+    for function in (library.mod_layer, library.mod_score, library.mod_head):
+        function.restype = None
+    return library
+
+
+def _modules(block: Block) -> dict[str, Any]:
+    attention, mlp = block.attention, block.mlp
+    return {
+        "norm": block.norm, "q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj,
+        "q_norm": block.q_norm, "k_norm": block.k_norm, "mlp_norm": block.mlp_norm, "gate": mlp.gate_proj,
+        "up": mlp.up_proj, "down": mlp.down_proj,
+    }
+
+
+def _layer(block: Block) -> Any:
+    """The addresses of a layer's weights."""
+    found: dict[str, int | None] = dict.fromkeys(_PARTS)
+    for name, part in _modules(block).items():
+        if part is not None:
+            found[name] = part.weight.data_ptr()
+            if name in "qkvo" and part.bias is not None:
+                found[f"{name}_bias"] = part.bias.data_ptr()
+    return ctypes.pointer(_Layer(**found))
+
+
+def _gate(logit: float) -> float:
+    """sigmoid; NaN opens the gate, as in the router."""
+    if math.isnan(logit):
+        logit = OPEN
+    return 1.0 / (1.0 + math.exp(-max(logit, -700.0)))
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "stderr", None) or str(error)
+    return next((line for line in text.splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,171 @@
+"""Growing storage of keys and values: what one row, or one batch of equal rows, holds in one layer.
+
+Boundary: knows lengths, growth and bytes; knows neither models nor decisions. Entries grow along one axis in
+steps of a sixteenth, so that copying stays linear and spare room small. Entries at the front can be dropped,
+which is how sliding windows stay bounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SPARE = 16  # a full buffer grows by one part in this many
+
+
+class Buffer:
+    """Keys and values [..., H, n, D] of one row or batch; ``start`` to ``end`` of the room is in use."""
+
+    def __init__(self) -> None:
+        self.start = self.end = self.capacity = 0
+        self.entry_bytes = 0  # of the keys and values at one place, over all leading dimensions
+        self._addresses: tuple[int, int, int | None] = (0, 0, None)
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Entries stored."""
+        return self.end - self.start
+
+    @property
+    def keys(self) -> Tensor:
+        """Stored keys [..., H, length, D], a view."""
+        assert self._keys is not None
+        return self._keys[..., self.start : self.end, :]
+
+    @property
+    def values(self) -> Tensor:
+        """Stored values [..., H, length, D], a view."""
+        assert self._values is not None
+        return self._values[..., self.start : self.end, :]
+
+    @property
+    def addresses(self) -> tuple[int, int, int | None]:
+        """Where the buffers of keys, values and columns (None: no columns) lie; valid until the next growth."""
+        return self._addresses
+
+    def reserve(self, count: int, like: Tensor) -> None:
+        """Make room for ``count`` more entries; the first ones are shaped like keys [..., H, any, D]."""
+        if self._keys is not None and self.end + count <= self.capacity:
+            return
+        length = self.length
+        needed = length + count
+        if self._keys is None:
+            self._resize(needed, like)
+        else:
+            self._resize(needed + needed // SPARE, self._keys)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add entries [..., H, n, D]."""
+        count = keys.shape[-2]
+        self.reserve(count, keys)
+        assert self._keys is not None
+        assert self._values is not None
+        self._keys[..., self.end : self.end + count, :] = keys
+        self._values[..., self.end : self.end + count, :] = values
+        self.end += count
+
+    def drop(self, count: int) -> None:
+        """Forget the first ``count`` entries; their room is freed once it is more than the spare share."""
+        self.start += count
+        if self._keys is not None and self.start * SPARE > self.capacity:
+            self._resize(self.length + self.length // SPARE, self._keys)
+
+    def keep(self, where: Tensor | slice) -> None:
+        """Keep the entries at ``where`` along n, and no more room than they need."""
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = self.keys[..., where, :].clone(), self.values[..., where, :].clone()
+            self.start, self.end = 0, self._keys.shape[-2]
+            self._measure()
+
+    def copy(self) -> Buffer:
+        """An independent copy."""
+        other = Buffer()
+        if self._keys is not None:
+            other.append(self.keys, self.values)
+        return other
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Replace the leading batch dimension by its ``rows``."""
+        if self._keys is not None and self._values is not None:
+            self._keys = self._keys.index_select(0, rows.to(self._keys.device))
+            self._values = self._values.index_select(0, rows.to(self._values.device))
+            self._measure()
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes stored and bytes allocated."""
+        return self.length * self.entry_bytes, self.capacity * self.entry_bytes
+
+    def _resize(self, capacity: int, like: Tensor) -> None:
+        length = self.length
+        shape = (*like.shape[:-2], capacity, like.shape[-1])
+        for name in ("_keys", "_values"):  # one after the other, so that only one old buffer is alive meanwhile
+            old: Tensor | None = getattr(self, name)
+            fresh = like.new_empty(shape)
+            if old is not None:
+                fresh[..., :length, :] = old[..., self.start : self.end, :]
+            setattr(self, name, fresh)
+        self.start, self.end = 0, length
+        self._measure()
+
+    def _measure(self) -> None:
+        assert self._keys is not None
+        assert self._values is not None
+        self.capacity = self._keys.shape[-2]
+        self.entry_bytes = (self._keys.nbytes + self._values.nbytes) // max(1, self.capacity)
+        self._addresses = self._keys.data_ptr(), self._values.data_ptr(), None
+
+
+class Row(Buffer):
+    """One row's entries [H, n, D] with their columns [n], in order of storing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._columns = torch.empty(0, dtype=torch.int32)
+
+    def add(self, keys: Tensor, values: Tensor, columns: Tensor) -> None:
+        """Add entries [H, n, D] that belong to ``columns`` [n]."""
+        self.append(keys, values)
+        self._columns[self.end - len(columns) : self.end] = columns
+
+    @property
+    def columns(self) -> Tensor:
+        """Columns of the stored entries, [n] int32."""
+        return self._columns[self.start : self.end]
+
+    def crop(self, end: int) -> None:
+        """Drop entries of columns from ``end`` on."""
+        if self.length:
+            self.keep((self.columns < end).nonzero().squeeze(1))
+
+    def drop_before(self, column: int) -> None:
+        """Drop the leading entries of columns below ``column``."""
+        if self.length and int(self._columns[self.start]) < column:
+            below = self.columns < column
+            self.drop(self.length if bool(below.all()) else int(below.logical_not().int().argmax()))
+
+    def keep(self, where: Tensor | slice) -> None:
+        kept = self.columns[where].clone()
+        super().keep(where)
+        self._set_columns(kept)
+
+    def copy(self) -> Row:
+        other = Row()
+        if self.length:
+            other.add(self.keys, self.values, self.columns)
+        return other
+
+    def nbytes(self) -> tuple[int, int]:
+        stored, allocated = super().nbytes()
+        return stored, allocated + self._columns.nbytes
+
+    def _resize(self, capacity: int, like: Tensor) -> None:
+        fresh = torch.empty(capacity, dtype=torch.int32, device=like.device)
+        fresh[: self.length] = self.columns
+        super()._resize(capacity, like)
+        self._set_columns(fresh)
+
+    def _set_columns(self, columns: Tensor) -> None:
+        self._columns = columns
+        self._addresses = (*self._addresses[:2], columns.data_ptr())
