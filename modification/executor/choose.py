@@ -85,6 +85,7 @@ def disagreement(model: Any, fast: Executor) -> float:
                 found = fast.decode([int(ids[at - 1])], [cache], [0.0])
             difference = (found.logits[0].float().to(logits.device) - logits[at - 1]).abs().max().item()
             worst = difference / scale if not difference / scale <= worst else worst
+        cache.reset()
     return worst
 
 

@@ -14,6 +14,8 @@
 
 #include <omp.h>
 
+#define UNROLL _Pragma("GCC unroll 8")  // sums must stay in registers
+
 namespace {
 
 constexpr int LANES = 16;
@@ -41,10 +43,11 @@ inline void write(bf16* p, float f) {  // round to nearest even, as torch does
 }
 
 inline float sum(vec v) {
-    float s[LANES]; store(s, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) s[i] += s[i + half];
-    return s[0];
+    using half = float __attribute__((vector_size(2 * LANES)));
+    using quarter = float __attribute__((vector_size(LANES)));
+    half h[2]; std::memcpy(h, &v, sizeof v); h[0] += h[1];
+    quarter q[2]; std::memcpy(q, h, sizeof q); q[0] += q[1];
+    return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
 inline vec all(float f) { return f - vec{}; }
@@ -70,47 +73,64 @@ inline Span share(int64_t total, int thread, int threads) {
     return {total * thread / threads, total * (thread + 1) / threads};
 }
 
-// y[r] = w . x[r] for N rows of x at once.
-template <int N, class T>
-inline void dots(const T* w, const float* const* x, int64_t width, float* y) {
-    vec a[N]{}, b[N]{};
+// y[m][r] = w[m] . x[r] for M rows of a matrix and N rows of x at once: each vector that is loaded is used often.
+template <int N, int M, class T>
+inline void dots(const T* w, const float* const* x, int64_t width, float (*y)[ROWS]) {
+    constexpr int STEPS = N * M > 4 ? 1 : 2;  // independent sums, where few rows would leave the units waiting
+    vec sums[STEPS][M][N]{};
     int64_t i = 0;
-    for (; i + 2 * LANES <= width; i += 2 * LANES) {
-        vec w0 = load(w + i), w1 = load(w + i + LANES);
-        for (int r = 0; r < N; ++r) {
-            a[r] += w0 * load(x[r] + i);
-            b[r] += w1 * load(x[r] + i + LANES);
+    for (; i + STEPS * LANES <= width; i += STEPS * LANES)
+        UNROLL for (int s = 0; s < STEPS; ++s) {
+            vec weight[M];
+            UNROLL for (int m = 0; m < M; ++m) {
+                const T* at = w + m * width + i + s * LANES;
+                if (M > 1) __builtin_prefetch(at + M * width);  // more streams than the hardware foresees
+                weight[m] = load(at);
+            }
+            UNROLL for (int r = 0; r < N; ++r) {
+                const vec in = load(x[r] + i + s * LANES);
+                UNROLL for (int m = 0; m < M; ++m) sums[s][m][r] += weight[m] * in;
+            }
         }
-    }
-    for (int r = 0; r < N; ++r) y[r] = sum(a[r] + b[r]);
-    for (; i < width; ++i)
-        for (int r = 0; r < N; ++r) y[r] += read(w + i) * x[r][i];
+    UNROLL for (int m = 0; m < M; ++m)
+        UNROLL for (int r = 0; r < N; ++r) {
+            vec all{};
+            UNROLL for (int s = 0; s < STEPS; ++s) all += sums[s][m][r];
+            y[m][r] = sum(all);
+            for (int64_t j = i; j < width; ++j) y[m][r] += read(w + m * width + j) * x[r][j];
+        }
 }
 
-// out(r, o, w[o] . x[r] + bias[o]) for outputs o in a span and all R rows.
+// out(r, o, w[o] . x[r] + bias[o]) for outputs o in a span and N rows from `first` on.
+template <int N, class T, class Out>
+void block(const T* w, const T* bias, const float* x, int64_t first, int64_t width, Span span, Out out) {
+    constexpr int M = N == 1 ? 1 : N <= 4 ? 4 : 3;  // as many sums as registers hold
+    const float* at[N];
+    for (int r = 0; r < N; ++r) at[r] = x + (first + r) * width;
+    float y[M][ROWS];
+    int64_t o = span.from;
+    auto give = [&](int count) {
+        for (int m = 0; m < count; ++m)
+            for (int r = 0; r < N; ++r) out(first + r, o + m, y[m][r] + (bias ? read(bias + o + m) : 0.0f));
+    };
+    for (; o + M <= span.to; o += M) { dots<N, M>(w + o * width, at, width, y); give(M); }
+    for (; o < span.to; ++o) { dots<N, 1>(w + o * width, at, width, y); give(1); }
+}
+
+// The same for all R rows.
 template <class T, class Out>
 void multiply(const T* w, const T* bias, const float* x, int64_t rows, int64_t width, Span span, Out out) {
-    for (int64_t first = 0; first < rows; first += ROWS) {
-        const int n = (int)std::min<int64_t>(ROWS, rows - first);
-        const float* at[ROWS];
-        for (int r = 0; r < n; ++r) at[r] = x + (first + r) * width;
-        for (int64_t o = span.from; o < span.to; ++o) {
-            float y[ROWS];
-            const T* row = w + o * width;
-            switch (n) {
-                case 1: dots<1>(row, at, width, y); break;
-                case 2: dots<2>(row, at, width, y); break;
-                case 3: dots<3>(row, at, width, y); break;
-                case 4: dots<4>(row, at, width, y); break;
-                case 5: dots<5>(row, at, width, y); break;
-                case 6: dots<6>(row, at, width, y); break;
-                case 7: dots<7>(row, at, width, y); break;
-                default: dots<8>(row, at, width, y);
-            }
-            const float b = bias ? read(bias + o) : 0.0f;
-            for (int r = 0; r < n; ++r) out(first + r, o, y[r] + b);
+    for (int64_t first = 0; first < rows; first += ROWS)
+        switch (std::min<int64_t>(ROWS, rows - first)) {
+            case 1: block<1>(w, bias, x, first, width, span, out); break;
+            case 2: block<2>(w, bias, x, first, width, span, out); break;
+            case 3: block<3>(w, bias, x, first, width, span, out); break;
+            case 4: block<4>(w, bias, x, first, width, span, out); break;
+            case 5: block<5>(w, bias, x, first, width, span, out); break;
+            case 6: block<6>(w, bias, x, first, width, span, out); break;
+            case 7: block<7>(w, bias, x, first, width, span, out); break;
+            default: block<8>(w, bias, x, first, width, span, out);
         }
-    }
 }
 
 inline float inverse_rms(const float* x, int64_t width, float epsilon) {
@@ -359,9 +379,9 @@ void score(const Shape& shape, const float* routers, const float* biases, const 
     const float* row = x + r * shape.width;
     const float scale = inverse_rms(row, shape.width, shape.router_epsilon);
     for (int64_t m = span.from; m < span.to; ++m) {
-        float y;
-        dots<1>(routers + m * shape.width, &row, shape.width, &y);
-        logits[r * shape.routers + m] = y * scale + biases[m];
+        float y[1][ROWS];
+        dots<1, 1>(routers + m * shape.width, &row, shape.width, y);
+        logits[r * shape.routers + m] = y[0][0] * scale + biases[m];
     }
 }
 

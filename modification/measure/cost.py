@@ -1,14 +1,22 @@
-"""What a generation costs, counted: FLOPs from shapes, routed against dense. Pure arithmetic.
+"""What a generation costs, counted from shapes: FLOPs and bytes, routed against dense. Pure arithmetic.
 
 A matrix product of [n, a] by [a, b] counts 2nab FLOPs (one multiply, one add); norms, softmax and
 activations are left out, as is usual (e.g. https://arxiv.org/abs/2001.08361, section 2.1). Sliding windows
 are not taken into account: past its window such a model's attention is counted as full, on both sides.
+
+Decoding one token per row reads every weight that runs once, however many rows share it, and every stored key
+and value of each row that runs: that traffic, not FLOPs, bounds its speed (https://arxiv.org/abs/2211.05102,
+section 2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from modification.trace import Step
 
@@ -26,6 +34,7 @@ class ModelShape:
         router_weights: weights of one router.
         keep: whether skipped tokens' keys and values are kept (``kv="keep"``).
         kv_weights: weights of one layer's key and value projections.
+        entry_width: numbers in one token's keys and values in one layer.
     """
 
     depth: int
@@ -36,23 +45,56 @@ class ModelShape:
     router_weights: int
     keep: bool = False
     kv_weights: int = 0
+    entry_width: int = 0
 
     @classmethod
     def of(cls, model: Any) -> ModelShape:
         """Read the shape off a MoD model."""
-        config = model.config
         layers = model.family.decoder_layers(model)
         dense = next((layer for i, layer in enumerate(layers) if i not in model.mod_layers), layers[0])
-        weights = sum(p.numel() for n, p in dense.named_parameters() if p.dim() == 2 and not n.startswith("router."))
+        return cls.from_config(model.config, dense, model.mod_layers, model.mod_config.kv == "keep")
+
+    @classmethod
+    def from_config(cls, config: Any, layer: Any, mod_layers: Sequence[int], keep: bool = False) -> ModelShape:
+        """The shape of a model of that config with such layers; ``layer`` may be on the meta device."""
+        weights = sum(p.numel() for n, p in layer.named_parameters() if p.dim() == 2 and not n.startswith("router."))
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         return cls(
-            depth=len(layers), mod_layers=model.mod_layers, layer_weights=weights,
+            depth=config.num_hidden_layers, mod_layers=tuple(mod_layers), layer_weights=weights,
             head_weights=config.vocab_size * config.hidden_size, attention_width=heads * width,
-            router_weights=config.hidden_size, keep=model.mod_config.kv == "keep",
-            kv_weights=2 * config.hidden_size * kv_heads * width,
+            router_weights=config.hidden_size, keep=keep, kv_weights=2 * config.hidden_size * kv_heads * width,
+            entry_width=2 * kv_heads * width,
         )
+
+    def prefill_flops(self, tokens: int, ran: Sequence[int] | None = None) -> int:
+        """FLOPs of a prompt of ``tokens`` from an empty cache, logits of the last token alone.
+
+        Args:
+            ran: tokens that ran in each MoD layer, [M]; None for the dense parent.
+        """
+        counts = [tokens] * (self.depth - (0 if ran is None else len(ran))) + list(ran or ())
+        routers = 0 if ran is None else 2 * tokens * self.router_weights * len(self.mod_layers)
+        return sum(layer_flops(self, n, n * (n + 1) // 2) for n in counts) + 2 * self.head_weights + routers
+
+    def decode_bytes(
+        self, itemsize: int, entries: npt.NDArray[np.int64], ran: npt.NDArray[np.bool_] | None = None
+    ) -> int:
+        """Bytes read to decode one token of each of B rows.
+
+        Args:
+            itemsize: bytes of a weight, key or value.
+            entries: entries that attention meets, the token's own included, [depth, B].
+            ran: whether the row's token runs in each MoD layer, [M, B]; None for the dense parent.
+        """
+        runs = np.ones(entries.shape, bool)
+        routers = 0
+        if ran is not None:
+            runs[list(self.mod_layers)] = ran
+            routers = 4 * self.router_weights * len(self.mod_layers)  # float32
+        weights = int(runs.any(1).sum()) * self.layer_weights + self.head_weights
+        return itemsize * (weights + int((entries * runs).sum()) * self.entry_width) + routers
 
 
 @dataclass(slots=True)
@@ -73,7 +115,7 @@ class CostMeter:
     def add(self, step: Step) -> None:
         """Count one step: N tokens of which some ran in each MoD layer."""
         shape, new = self.shape, len(step.tokens)
-        plain = self._layer(new, new * self._seen + new * (new + 1) // 2)
+        plain = layer_flops(shape, new, new * self._seen + new * (new + 1) // 2)
         head = 2 * shape.head_weights  # logits are computed for the last token alone
         self.dense += shape.depth * plain + head
         self.routed += (shape.depth - len(shape.mod_layers)) * plain + head
@@ -97,11 +139,12 @@ class CostMeter:
             if runs:
                 pairs += stored
         count = sum(ran)
-        self.routed += self._layer(count, pairs) + 2 * len(ran) * self.shape.router_weights
+        self.routed += layer_flops(self.shape, count, pairs) + 2 * len(ran) * self.shape.router_weights
         if self.shape.keep:
             self.routed += 2 * (len(ran) - count) * self.shape.kv_weights
         return stored
 
-    def _layer(self, tokens: int, pairs: int) -> int:
-        """FLOPs of one layer for ``tokens`` queries that meet ``pairs`` keys in all."""
-        return 2 * tokens * self.shape.layer_weights + 4 * pairs * self.shape.attention_width
+
+def layer_flops(shape: ModelShape, tokens: int, pairs: int) -> int:
+    """FLOPs of one layer for ``tokens`` queries that meet ``pairs`` keys in all."""
+    return 2 * tokens * shape.layer_weights + 4 * pairs * shape.attention_width

@@ -1,0 +1,118 @@
+"""bench and estimate: speed and memory, measured on this machine or worked out on paper."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modification.cli.shared import layers_of, numbers
+from modification.executor import executor_of
+from modification.loading import as_mod, load_dense_or_mod
+from modification.measure.bench import bench, dense_twin, machine, random_pair, table
+from modification.measure.estimate import config_of, devices, estimate, report
+from modification.measure.plots import plot
+from modification.model import MoDModel
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add(commands: Any) -> None:
+    """The parsers of this file's commands."""
+    time = commands.add_parser("bench", help="measure speed and memory, dense against routed")
+    time.add_argument("model", nargs="?", help="a model folder or Hub id; or give --random")
+    time.add_argument("--random", metavar="CONFIG", help="random weights of a folder, config.json or preset")
+    time.add_argument("--dense", metavar="PARENT", help="dense parent (default: the MoD model restored)")
+    time.add_argument("--contexts", default="512,2048", help="prompt lengths in tokens (default: %(default)s)")
+    time.add_argument("--batch", default="1", help="rows at a time, e.g. 1,8 (default: %(default)s)")
+    time.add_argument("--load", default="1,0.5,0.25", help="loads of the MoD layers (default: %(default)s)")
+    time.add_argument("--new-tokens", type=int, default=64, help="decode steps a round (default: %(default)s)")
+    time.add_argument("--rounds", type=int, default=5, help="rounds after one to warm up (default: %(default)s)")
+    time.add_argument("--layers", default="inner", help="MoD layers of a --random or dense model (default: inner)")
+    time.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: as in the files; --random: fp32)")
+    time.add_argument("--quantization", choices=["4bit", "8bit"], help="bitsandbytes weights; routers stay as they are")
+    time.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    time.add_argument("--json", type=Path, help="also write the results there")
+    time.add_argument("--plots", type=Path, help="folder for plots (HTML)")
+    time.set_defaults(run=_bench)
+
+    guess = commands.add_parser("estimate", help="memory, work and speed-up of any size, on paper")
+    guess.add_argument("model", metavar="CONFIG_OR_MODEL", help="a model folder, a config.json or a preset's name")
+    guess.add_argument("--context", type=int, default=4096, help="tokens per row (default: %(default)s)")
+    guess.add_argument("--batch", type=int, default=1, help="rows (default: %(default)s)")
+    guess.add_argument("--load", type=float, default=0.5, help="of the MoD layers (default: %(default)s)")
+    guess.add_argument("--layers", default="inner", help="inner, interleaved or indices (default: %(default)s)")
+    guess.add_argument("--dtype", choices=_DTYPES, default="bf16", help="default: %(default)s")
+    guess.add_argument("--device", choices=devices(), default="h200", help="default: %(default)s")
+    guess.add_argument("--new-tokens", type=int, default=512, help="for the whole request (default: %(default)s)")
+    guess.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
+    guess.set_defaults(run=_estimate)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    parent, model = _pair(arguments)
+    note = executor_of(model).note
+    print(f"{machine(model.device)}; {model.dtype}; {note}", flush=True)
+    results = bench(
+        model, parent, contexts=numbers("--contexts", arguments.contexts, int),
+        batches=numbers("--batch", arguments.batch, int), loads=numbers("--load", arguments.load, float),
+        new_tokens=arguments.new_tokens, rounds=arguments.rounds,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(table(results))
+    if arguments.plots:
+        print("plots:", *plot(results, arguments.plots))
+    line = json.dumps({
+        "command": "bench", "model": arguments.model or arguments.random, "machine": machine(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."), "quantization": arguments.quantization, "executor": note,
+        "rounds": arguments.rounds, "results": [dataclasses.asdict(result) for result in results],
+    })
+    if arguments.json:
+        arguments.json.write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+def _pair(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The dense parent and the MoD model, on the device asked for."""
+    if (arguments.model is None) == (arguments.random is None):
+        raise ValueError("bench: give a model, or --random with a shape, and not both")
+    device = _device(arguments.device)
+    dtype = _DTYPES.get(arguments.dtype)
+    if arguments.random is not None:
+        if arguments.dense or arguments.quantization:
+            raise ValueError("bench: --dense and --quantization need a model, not --random")
+        pair = random_pair(config_of(arguments.random), dtype or torch.float32, layers_of(arguments.layers))
+        return pair[0].to(device), pair[1].to(device)
+    options = {"dtype": dtype, "quantization": arguments.quantization, "device_map": {"": device}}
+    model: Any = as_mod(load_dense_or_mod(arguments.model, **options)[0])
+    if arguments.dense:
+        parent = load_dense_or_mod(arguments.dense, **options)[0]
+        if isinstance(parent, MoDModel):
+            raise ValueError(f"--dense {arguments.dense} is a MoD model: give a dense one")
+        return parent, model
+    return dense_twin(model), model
+
+
+def _device(name: str | None) -> str:
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {chosen}: expected cpu or cuda")
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {chosen}: torch finds no CUDA device here")
+    return chosen
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    found = estimate(
+        config_of(arguments.model), context=arguments.context, batch=arguments.batch, load=arguments.load,
+        dtype=_DTYPES[arguments.dtype], layers=layers_of(arguments.layers), device=devices()[arguments.device],
+    )
+    if arguments.json:
+        print(json.dumps({**dataclasses.asdict(found), "speed_up": found.speed_up(arguments.new_tokens)}))
+    else:
+        print(report(found, arguments.new_tokens))

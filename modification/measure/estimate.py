@@ -1,0 +1,222 @@
+"""What a model of any size costs on paper: memory, FLOPs, bytes and time, dense against MoD. Nothing is loaded.
+
+Times are the roofline's: a phase takes as long as its FLOPs at the device's peak or its bytes at the device's
+bandwidth, whichever is longer (https://doi.org/10.1145/1498765.1498785). Real kernels reach a part of either,
+so the ratio of two times says more than the times do. Every figure here is an estimate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modification.config import LayerRule, MoDConfig
+from modification.executor.base import CHUNK
+from modification.measure.cost import ModelShape, layer_flops
+from modification.measure.presets import preset
+from modification.model import PREFIX
+from modification.storage import SPARE
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Peaks from the maker's data sheet.
+
+    Attributes:
+        flops: dense 16-bit matrix FLOPs per second.
+        bandwidth: bytes per second from memory.
+        memory: bytes.
+    """
+
+    flops: float
+    bandwidth: float
+    memory: float
+
+
+def devices() -> dict[str, Device]:
+    """Devices by name (data sheets: H200 and H100 SXM, A100 80 GB SXM, L4, RTX 4090; two cores of a server CPU)."""
+    return {
+        "h200": Device(989e12, 4.8e12, 141e9),
+        "h100": Device(989e12, 3.35e12, 80e9),
+        "a100": Device(312e12, 2.0e12, 80e9),
+        "l4": Device(121e12, 0.3e12, 24e9),
+        "rtx4090": Device(165e12, 1.008e12, 24e9),
+        "cpu-2-cores": Device(0.25e12, 0.035e12, 16e9),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One side of an estimate; bytes are for the whole batch.
+
+    Attributes:
+        weights, kv, activations: bytes; ``kv`` at the full context, spare room of the buffers included for MoD.
+        prefill_flops: for all prompts.
+        decode_flops, decode_bytes: per step, one token of each row, at the full context.
+        prefill_seconds, decode_seconds: at the device's peaks; decode per step.
+        bound: what limits each phase, ``"compute"`` or ``"memory"``.
+    """
+
+    weights: int
+    kv: int
+    activations: int
+    prefill_flops: int
+    decode_flops: int
+    decode_bytes: int
+    prefill_seconds: float
+    decode_seconds: float
+    bound: tuple[str, str]
+
+    @property
+    def memory(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.kv + self.activations
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Dense against MoD for one setting."""
+
+    dense: Cost
+    mod: Cost
+    mod_layers: tuple[int, ...]
+
+    def speed_up(self, new_tokens: int) -> float:
+        """Of a whole request: the prompt, then ``new_tokens`` steps at the full context."""
+        times = [side.prefill_seconds + new_tokens * side.decode_seconds for side in (self.dense, self.mod)]
+        return times[0] / times[1]
+
+
+def config_of(source: str) -> Any:
+    """The config of a model folder, a config.json, or a preset's name.
+
+    Raises:
+        ValueError: none of these, or a kind of model whose cost isn't known here.
+    """
+    path = Path(source).expanduser()
+    config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False) if path.exists() else preset(source)
+    experts = next((name for name in ("num_experts", "num_local_experts") if getattr(config, name, None)), None)
+    if experts:
+        raise ValueError(f"{source} is a mixture of experts ({experts} = {getattr(config, experts)}): not estimated")
+    return config
+
+
+def estimate(
+    config: Any, *, context: int, batch: int = 1, load: float = 0.5, dtype: torch.dtype = torch.bfloat16,
+    layers: LayerRule | tuple[int, ...] = "inner", device: Device | None = None,
+) -> Estimate:
+    """Cost of ``batch`` prompts of ``context`` tokens and of decoding after them.
+
+    Args:
+        config: of a dense or MoD model.
+        load: share of tokens that run in each MoD layer.
+        layers: which layers are MoD layers.
+
+    Raises:
+        ValueError: a value out of bounds.
+    """
+    if context < 1 or batch < 1:
+        raise ValueError(f"context={context}, batch={batch}: both must be 1 or more")
+    if not 0 <= load <= 1:
+        raise ValueError(f"load={load}: must be a number from 0 to 1")
+    mod_layers = MoDConfig(layers=layers).layer_indices(config.num_hidden_layers)
+    parent = _on_paper(config)
+    weights = sum(p.numel() for p in parent.parameters())
+    shape = ModelShape.from_config(config, _layers_of(parent, config)[0], mod_layers)
+    machine = device or devices()["h200"]
+    sides = [
+        _cost(shape, weights, config, context, batch, share, dtype.itemsize, machine) for share in (None, load)
+    ]
+    return Estimate(sides[0], sides[1], mod_layers)
+
+
+def report(found: Estimate, new_tokens: int) -> str:
+    """A Markdown table of both sides; every figure estimated."""
+    rows = (
+        ("weights, GB", "weights", 1e9), ("keys and values, GB", "kv", 1e9), ("activations, GB", "activations", 1e9),
+        ("memory in all, GB", "memory", 1e9), ("prefill, TFLOP", "prefill_flops", 1e12),
+        ("decode step, GFLOP", "decode_flops", 1e9), ("decode step, GB read", "decode_bytes", 1e9),
+        ("prefill at the device's peak, s", "prefill_seconds", 1),
+        ("decode step at the peak, ms", "decode_seconds", 1e-3),
+    )
+    lines = ["| estimated | dense | MoD | dense / MoD |", "|---|---|---|---|"]
+    for label, name, unit in rows:
+        dense, mod = (getattr(side, name) / unit for side in (found.dense, found.mod))
+        lines.append(f"| {label} | {dense:.4g} | {mod:.4g} | {dense / mod:.2f} |")
+    lines.append(f"| bound by (prefill, decode) | {', '.join(found.dense.bound)} | {', '.join(found.mod.bound)} | |")
+    lines.append(f"| prompt and {new_tokens} new tokens | | | {found.speed_up(new_tokens):.2f} |")
+    return "\n".join(lines)
+
+
+def kv_bytes(shape: ModelShape, context: int, batch: int, load: float | None, itemsize: int) -> int:
+    """Keys and values at the full context; for MoD (``load`` given) with half of the buffers' spare room."""
+    entry = shape.entry_width * itemsize
+    if load is None:
+        return batch * context * shape.depth * entry
+    routed = len(shape.mod_layers)
+    entries = (shape.depth - routed) * context + routed * round(load * context)
+    return round(batch * entries * entry * (1 + 0.5 / SPARE))
+
+
+def activation_bytes(config: Any, shape: ModelShape, context: int, itemsize: int) -> int:
+    """Most that a chunk of a prompt holds at once: in the MLP, four residual-wide and three inner-wide tensors."""
+    inner: int = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return int(min(context, CHUNK) * (4 * config.hidden_size + 3 * inner) * itemsize + 4 * config.vocab_size)
+
+
+def growth_bytes(shape: ModelShape, context: int, itemsize: int) -> int:
+    """Old and new buffer of one layer's keys (or values) while it grows."""
+    return context * shape.entry_width * itemsize // 2
+
+
+def _cost(
+    shape: ModelShape, weights: int, config: Any, context: int, batch: int, load: float | None, itemsize: int,
+    device: Device,
+) -> Cost:
+    routed = 0 if load is None else len(shape.mod_layers)
+    plain, share = shape.depth - routed, 1.0 if load is None else load
+    ran = None if load is None else [round(load * context)] * routed
+    prefill = batch * shape.prefill_flops(context, ran)
+    # A token runs with probability `share` and then meets that share of the context.
+    step = plain * layer_flops(shape, 1, context) + 2 * shape.head_weights
+    step += round(routed * share * layer_flops(shape, 1, round(share * context)))
+    # A layer's weights are read if any row runs it.
+    layers_read = plain + routed * (1 - (1 - share) ** batch)
+    entries = batch * context * (plain + routed * share * share)
+    traffic = round(itemsize * (layers_read * shape.layer_weights + shape.head_weights + entries * shape.entry_width))
+    router_bytes = 4 * routed * (shape.router_weights + 1)
+    prefill_times = prefill / device.flops, (itemsize * weights + router_bytes) / device.bandwidth
+    decode_times = batch * step / device.flops, traffic / device.bandwidth
+    return Cost(
+        itemsize * weights + router_bytes, kv_bytes(shape, context, batch, load, itemsize),
+        activation_bytes(config, shape, context, itemsize) + growth_bytes(shape, context, itemsize),
+        prefill, batch * step, traffic, max(prefill_times), max(decode_times),
+        (_bound(prefill_times), _bound(decode_times)),
+    )
+
+
+def _bound(times: tuple[float, float]) -> str:
+    return "compute" if times[0] >= times[1] else "memory"
+
+
+def _on_paper(config: Any) -> nn.Module:
+    """The dense model on the meta device: shapes without memory."""
+    if config.model_type.startswith(PREFIX):
+        fields = {name: value for name, value in config.to_dict().items() if name not in ("mod", "model_type")}
+        config = AutoConfig.for_model(config.model_type.removeprefix(PREFIX), **fields)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
+
+
+def _layers_of(model: nn.Module, config: Any) -> nn.ModuleList:
+    """The decoder layers of any causal model: its list of that many modules."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return module
+    raise ValueError(f"{type(model).__name__}: found no list of {config.num_hidden_layers} decoder layers")
