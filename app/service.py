@@ -21,6 +21,7 @@ from app.present import Tape, tape_of_trace
 from app.turnstile import Turnstile
 from modification import MoDModel, RoutingTrace, Step, generate
 from modification.config import check_threshold
+from modification.executor import executor_of
 from modification.loading import as_mod, encode_prompt, load_dense_or_mod
 from modification.measure.cost import ModelShape
 
@@ -36,12 +37,14 @@ class Limits:
         waiting: generations that may wait for a place.
         new_tokens: longest continuation.
         models: models held in memory.
+        frame: least seconds between two pictures of a run; a message a token would cost more than the token.
     """
 
     running: int = 2
     waiting: int = 20
     new_tokens: int = 2048
     models: int = 2
+    frame: float = 0.04
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ class Loaded:
             f"{self.name}: {millions:.1f} M parameters, {self.shape.depth} layers, "
             f"{len(self.shape.mod_layers)} of them MoD layers, context {self.context:,} tokens"
         )
+        line += f", executor {executor_of(self.model).note}"
         if not self.trained:
             line += ". A dense model: its routers are untrained, so p is no useful dial. Convert it first (see README)."
         return line
@@ -164,6 +168,7 @@ class Service:
         try:
             found, tokenizer = load_dense_or_mod(self.shipped.get(key, key))
             trained, model = isinstance(found, MoDModel), as_mod(found)
+            executor_of(model)  # compiled and checked now, not in the first run
             return Loaded(key, model, tokenizer, ModelShape.of(model), trained)
         except ValueError as error:  # LoadError and ConversionError are sentences too
             raise UserError(str(error)) from error
@@ -217,10 +222,13 @@ class Service:
         tape, reader = Tape(loaded.shape, loaded.describe(), loaded.anchors), PieceReader(loaded.tokenizer)
         clock = time.perf_counter()
         try:
+            shown = 0.0
             while (step := _next(steps, loaded.lock)) is not None:
                 before, clock = clock, time.perf_counter()
                 tape.add(step, [reader.read(int(token)) for token in step.tokens], clock - before)
-                yield Update(tape=tape.text)
+                if clock - shown >= self.limits.frame:
+                    shown = clock
+                    yield Update(tape=tape.text)
         finally:
             steps.close()
         tape.end(_ending(tape.new_tokens, budget, room))

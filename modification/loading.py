@@ -81,7 +81,22 @@ def load_dense_or_mod(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # whatever a damaged or hostile folder makes the readers raise
         raise LoadError(f"{path_or_hub_id} could not be loaded: {_first_line(error)}") from error
-    return model.eval(), tokenizer
+    model.eval()
+    if quantization is not None:
+        _try_quantized(model, quantization)
+    return model, tokenizer
+
+
+def _try_quantized(model: Any, quantization: str) -> None:
+    """Kernels for quantised weights have conditions of their own, which show only when they run."""
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    except Exception as error:
+        raise LoadError(
+            f"{quantization} weights of this model can't run on {model.device.type} ({_first_line(error)}): "
+            "choose another quantization, or none"
+        ) from error
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool = True) -> list[int]:

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from builders import ALL, FEW, assert_close, dense_model, in_chunks, mod_model, padded, safe_threshold, tokens
+from builders import ALL, FEW, WINDOW, assert_close, dense_model, in_chunks, mod_model, padded, safe_threshold, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from modification import MoDConfig, RaggedCache
-from modification.cache import GrowingLayer, RaggedLayer
+from modification.cache import GrowingLayer, RaggedLayer, margin
 
 few_families = pytest.mark.parametrize("variant", FEW)
 every_kv = pytest.mark.parametrize("kv", ["evict", "keep"])
@@ -241,3 +241,51 @@ def test_chunks_of_any_size_store_the_same():
     model, ids = mod_model("llama"), tokens(2)
     lengths = [in_chunks(model, ids, sizes, p=0.5)["cache"].lengths() for sizes in ([14], [1] * 14, [3, 11])]
     assert lengths[0] == lengths[1] == lengths[2]
+
+
+# Sliding windows
+
+
+@pytest.mark.parametrize("variant", ["mistral-window", "qwen2-window"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_window_bounds_what_is_kept(variant, p):
+    """Token by token far past the window: no more than the window and a margin, allocated within a tenth of that."""
+    model, ids = mod_model(variant), tokens(2, 160)
+    cache = model.new_cache()
+    for at in range(160):
+        model(ids[:, at : at + 1], past_key_values=cache, p=p)
+    most = WINDOW - 1 + margin(WINDOW)
+    for index, layer in enumerate(cache.layers):
+        if cache.windows[index] is None:
+            assert layer.floor == 0
+            continue
+        lengths = layer.lengths() if isinstance(layer, RaggedLayer) else [layer.buffer.length]
+        assert all(length <= most for length in lengths)
+        assert p or lengths == [most] * len(lengths)
+        assert layer.nbytes()[1] <= (most + 2) * 2 * (cache.entry_bytes + 4)
+    assert cache.get_seq_length() == 160
+
+
+@pytest.mark.parametrize("variant", ["mistral-window", "qwen2-window"])
+def test_dropping_what_left_the_window_changes_no_logits(variant):
+    """Pieces over a cache that drops against all at once, which drops nothing."""
+    model, ids = mod_model(variant), tokens(2, 90)
+    p = safe_threshold(model, ids)
+    whole = model(ids, p=p, use_cache=False).logits
+    for sizes in ([90], [30, 30, 30], [1] * 90, [70] + [1] * 20):
+        assert_close(in_chunks(model, ids, sizes, p=p)["logits"], whole)
+
+
+def test_a_window_can_step_back_by_its_margin_and_no_further():
+    """Within it as if the tokens had never been; beyond it refused, and nothing is lost."""
+    model, ids = mod_model("mistral-window"), tokens(1, 90)
+    cache = filled(model, ids, 0.4)
+    cache.crop(-margin(WINDOW))
+    again = model(ids[:, 90 - margin(WINDOW) :], past_key_values=cache, p=0.4)
+    whole = model(ids, p=0.4, use_cache=False)
+    assert_close(again.logits, whole.logits[:, 90 - margin(WINDOW) :])
+    before = cache.nbytes()
+    with pytest.raises(ValueError, match=rf"sliding window of {WINDOW}.*back by {margin(WINDOW)} at most"):
+        cache.crop(-margin(WINDOW) - 1)
+    assert cache.nbytes() == before
+    assert cache.get_seq_length() == 90

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def service(folder):
-    return Service({"tiny": folder}, limits=Limits(running=1, waiting=1))
+    return Service({"tiny": folder}, limits=Limits(running=1, waiting=1, frame=0.0))
 
 
 def request(**changes):
@@ -91,7 +91,7 @@ def test_one_sessions_dial_is_not_anothers(service):
 
 
 def test_two_runs_at_once_give_what_each_gives_alone(folder):
-    service = Service({"tiny": folder}, limits=Limits(running=2))
+    service = Service({"tiny": folder}, limits=Limits(running=2, frame=0.0))
     wanted = {p: columns(tape_of(service.run("x", p, request()))) for p in (0.2, 0.7)}
     got = {}
 
@@ -201,3 +201,14 @@ def test_turnstile_lets_in_by_order_of_arrival():
 def test_service_holds_no_state_on_its_module():
     assert not [name for name, value in vars(service_module).items() if isinstance(value, (list, dict, set))
                 and not name.startswith("__")]
+
+
+def test_pictures_come_at_a_frame_rate_and_the_last_holds_everything(folder):
+    """A slow frame sends few messages; none of the tokens is lost."""
+    run = Service({"tiny": folder}, limits=Limits(frame=60.0)).run("a", 0.5, request(max_new_tokens=40))
+    tapes = [update.tape for update in run if update.tape]
+    every = Service({"tiny": folder}, limits=Limits(frame=0.0)).run("a", 0.5, request(max_new_tokens=40))
+    expected = [update.tape for update in every if update.tape][-1]
+    assert len(tapes) == 2
+    columns = [[line for line in tape.splitlines() if line.startswith('["c"')] for tape in (tapes[-1], expected)]
+    assert columns[0] == columns[1]

@@ -57,7 +57,10 @@ class ModelShape:
     @classmethod
     def from_config(cls, config: Any, layer: Any, mod_layers: Sequence[int], keep: bool = False) -> ModelShape:
         """The shape of a model of that config with such layers; ``layer`` may be on the meta device."""
-        weights = sum(p.numel() for n, p in layer.named_parameters() if p.dim() == 2 and not n.startswith("router."))
+        linear = [part for part in layer.modules() if hasattr(part, "in_features")]  # packed weights hide their sizes
+        weights = sum(part.in_features * part.out_features for part in linear) or sum(
+            p.numel() for n, p in layer.named_parameters() if p.dim() == 2 and not n.startswith("router.")
+        )
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -79,7 +82,8 @@ class ModelShape:
         return sum(layer_flops(self, n, n * (n + 1) // 2) for n in counts) + 2 * self.head_weights + routers
 
     def decode_bytes(
-        self, itemsize: int, entries: npt.NDArray[np.int64], ran: npt.NDArray[np.bool_] | None = None
+        self, itemsize: int, entries: npt.NDArray[np.int64], ran: npt.NDArray[np.bool_] | None = None,
+        layer_bytes: int | None = None,
     ) -> int:
         """Bytes read to decode one token of each of B rows.
 
@@ -87,14 +91,15 @@ class ModelShape:
             itemsize: bytes of a weight, key or value.
             entries: entries that attention meets, the token's own included, [depth, B].
             ran: whether the row's token runs in each MoD layer, [M, B]; None for the dense parent.
+            layer_bytes: of one layer's weights, where they are quantised.
         """
         runs = np.ones(entries.shape, bool)
         routers = 0
         if ran is not None:
             runs[list(self.mod_layers)] = ran
             routers = 4 * self.router_weights * len(self.mod_layers)  # float32
-        weights = int(runs.any(1).sum()) * self.layer_weights + self.head_weights
-        return itemsize * (weights + int((entries * runs).sum()) * self.entry_width) + routers
+        layers = int(runs.any(1).sum()) * (self.layer_weights * itemsize if layer_bytes is None else layer_bytes)
+        return layers + itemsize * (self.head_weights + int((entries * runs).sum()) * self.entry_width) + routers
 
 
 @dataclass(slots=True)

@@ -92,7 +92,7 @@ def time_engine(executor: Executor, model: Any, work: Work, p: float) -> Timing:
         sum(size.stored for size in sizes), sum(size.allocated for size in sizes),
         (float(ran.mean()), float(np.mean(routed))),
         sum(shape.prefill_flops(ran.shape[2], ran[:, row].sum(1).tolist()) for row in range(rows)),
-        _traffic(shape, model.dtype.itemsize, ran, np.array(routed)),
+        _traffic(shape, model, ran, np.array(routed)),
     )
 
 
@@ -142,10 +142,10 @@ def median(timings: Sequence[Timing], field: str) -> tuple[float, float]:
     return float(middle), float(high - low) / 2
 
 
-def _traffic(
-    shape: ModelShape, itemsize: int, ran: npt.NDArray[np.bool_], routed: npt.NDArray[np.bool_]
-) -> float:
+def _traffic(shape: ModelShape, model: Any, ran: npt.NDArray[np.bool_], routed: npt.NDArray[np.bool_]) -> float:
     """Mean bytes per decode step; prompts' decisions ran [M, B, T], steps' decisions routed [S, M, B]."""
+    first = model.family.decoder_layers(model)[0]
+    layer_bytes = sum(weight.nbytes for name, weight in first.named_parameters() if not name.startswith("router."))
     rows, context = ran.shape[1:]
     entries = np.full((shape.depth, rows), context, np.int64)
     mod = list(shape.mod_layers)
@@ -154,7 +154,7 @@ def _traffic(
     for step in routed:
         entries += 1
         entries[mod] += step.astype(np.int64) - 1
-        total += shape.decode_bytes(itemsize, entries, step)
+        total += shape.decode_bytes(model.dtype.itemsize, entries, step, layer_bytes)
     return total / len(routed)
 
 

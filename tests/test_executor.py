@@ -1,0 +1,373 @@
+"""The fast executor: the same logits, decisions and caches as the stock layers, whatever does the arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+from builders import TOLERANCE, assert_close, dense_model, mod_model, routers, safe_threshold, save_folder, tokens
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from modification import MoDConfig, generate, generate_batch, load
+from modification.executor import Stock, base, executor_of, native
+from modification.executor.choose import choose
+from modification.executor.fast import Fast, blocks_of
+from modification.executor.native import NativeDecoder
+
+LLAMA_SHAPED = ("llama", "mistral", "mistral-window", "qwen2", "qwen2-window", "qwen3")
+DECODERS = ("native", "torch")
+every_family = pytest.mark.parametrize("variant", LLAMA_SHAPED)
+every_decoder = pytest.mark.parametrize("decoder", DECODERS)
+
+
+def fast(model, decoder="native", compiled=False):
+    """The fast executor, decoding with the kernels or in torch."""
+    if decoder == "torch":
+        return Fast(model, None, "test", compiled)
+    built, why = native.library()
+    if built is None:
+        pytest.skip(f"no kernels on this machine: {why}")
+    return Fast(model, NativeDecoder(model, blocks_of(model), built), "test")
+
+
+def run(executor, model, ids, prompt, p, cache=None):
+    """Prefill of ``prompt`` tokens, then the rest one by one: logits [T - prompt + 1, V], scores and routed [M, T]."""
+    cache = model.new_cache() if cache is None else cache
+    passes = [executor.prefill(ids[:prompt], cache, p)]
+    passes += [executor.decode([int(token)], [cache], [p]) for token in ids[prompt:]]
+    logits = torch.cat([part.logits for part in passes]).float()
+    scores, routed = (np.concatenate([getattr(part, name) for part in passes], 1) for name in ("scores", "routed"))
+    return logits, scores, routed, cache
+
+
+def same(found, expected, dtype=torch.float32):
+    """Equal logits, scores, decisions, and entries in every layer."""
+    torch.testing.assert_close(found[0], expected[0], **TOLERANCE[dtype])
+    torch.testing.assert_close(torch.from_numpy(found[1]), torch.from_numpy(expected[1]), **TOLERANCE[dtype])
+    assert np.array_equal(found[2], expected[2])
+    assert found[3].lengths() == expected[3].lengths()
+    assert found[3].get_seq_length() == expected[3].get_seq_length()
+
+
+@every_decoder
+@every_family
+@pytest.mark.parametrize("near", [0.0, 0.5, 0.9])
+def test_fast_equals_stock(variant, decoder, near):
+    """Prefill and decode, at loads from all to few; past the sliding window too."""
+    model, ids = mod_model(variant), tokens(1, 40)
+    p = safe_threshold(model, ids, near) if near else 0.0
+    same(run(fast(model, decoder), model, ids[0], 25, p), run(Stock(model, "test"), model, ids[0], 25, p))
+
+
+@every_decoder
+@pytest.mark.parametrize("variant", ["llama", "qwen2-window"])
+def test_fast_equals_stock_in_bf16(variant, decoder):
+    """Within the tolerance of the type, every token running."""
+    model, ids = mod_model(variant, dtype=torch.bfloat16), tokens(1, 40)
+    same(
+        run(fast(model, decoder), model, ids[0], 25, 0.0), run(Stock(model, "test"), model, ids[0], 25, 0.0),
+        torch.bfloat16,
+    )
+
+
+@given(
+    heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 3), (8, 8)]), head=st.sampled_from([8, 16, 24, 64, 80, 128]),
+    width=st.sampled_from([24, 48, 72, 168]), inner=st.sampled_from([24, 37, 96]), rows=st.integers(1, 10),
+    threads=st.integers(1, 4), seed=st.integers(0, 9),
+)
+@example(heads=(4, 2), head=64, width=48, inner=96, rows=9, threads=3, seed=0)
+def test_kernels_are_the_torch_arithmetic(heads, head, width, inner, rows, threads, seed):
+    """Any widths, head counts, rows of unlike lengths and threads: each row as in torch, alone."""
+    model = mod_model(
+        "llama", seed=seed, hidden_size=width, num_attention_heads=heads[0], num_key_value_heads=heads[1],
+        head_dim=head, intermediate_size=inner, attention_bias=bool(seed % 2),
+    )
+    by_kernels, by_torch = fast(model), fast(model, "torch")
+    prompts = [tokens(1, 3 + 7 * row, seed=row)[0] for row in range(rows)]
+    caches, alone = ([model.new_cache() for _ in prompts] for _ in range(2))
+    for at, prompt in enumerate(prompts):
+        by_kernels.prefill(prompt, caches[at], 0.0)
+        by_torch.prefill(prompt, alone[at], 0.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = by_kernels.decode(list(range(rows)), caches, [0.0] * rows)
+    finally:
+        torch.set_num_threads(before)
+    for row in range(rows):
+        expected = by_torch.decode([row], [alone[row]], [0.0])
+        assert_close(found.logits[row], expected.logits[0])
+        keys = [cache.layers[1].row().keys for cache in (caches[row], alone[row])]
+        assert_close(*keys)
+
+
+def test_long_rows_are_split_over_threads_and_joined():
+    """Heads whose keys fall to several threads, over many blocks of keys."""
+    model, ids = mod_model("llama", max_position_embeddings=2048), tokens(1, 901)
+    expected = run(fast(model, "torch"), model, ids[0], 900, 0.0)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            same(run(fast(model), model, ids[0], 900, 0.0), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@every_decoder
+def test_torch_compile_changes_nothing(decoder):
+    """The path for CUDA, on a CPU."""
+    if decoder == "native":
+        pytest.skip("kernels are not compiled by torch")
+    model, ids = mod_model("llama"), tokens(1, 12)
+    p = safe_threshold(model, ids)
+    same(run(fast(model, "torch", compiled=True), model, ids[0], 8, p), run(fast(model, "torch"), model, ids[0], 8, p))
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "gpt2"])
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_a_prompt_in_chunks_is_the_prompt_at_once(variant, size, monkeypatch):
+    """Whatever the chunk."""
+    model, ids = mod_model(variant), tokens(1, 30)
+    executor, p = choose(model), safe_threshold(model, ids)
+    whole = run(executor, model, ids[0], 30, p)
+    monkeypatch.setattr(base, "CHUNK", size)
+    same(run(executor, model, ids[0], 30, p), whole)
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "gpt2"])
+def test_a_batch_is_each_row_alone(variant):
+    """Prompts of unlike lengths, a threshold each, sampled; every step of every row."""
+    model = mod_model(variant)
+    prompts, p = [tokens(1, length, seed=length)[0] for length in (3, 17, 8)], [0.2, 0.5, 0.8]
+    options = {"max_new_tokens": 6, "temperature": 0.8, "seed": 5}
+    together = [[], [], []]
+    for row, step in generate_batch(model, prompts, p=p, **options):
+        together[row].append(step)
+    for row, prompt in enumerate(prompts):
+        alone = list(generate(model, prompt, p=p[row], **options))
+        assert [step.tokens.tolist() for step in together[row]] == [step.tokens.tolist() for step in alone]
+        assert [step.kv_stored for step in together[row]] == [step.kv_stored for step in alone]
+        assert all(np.array_equal(a.routed, b.routed) for a, b in zip(together[row], alone, strict=True))
+
+
+def test_rows_of_a_batch_end_by_themselves():
+    """A row that meets its stop token leaves; the others go on."""
+    model = mod_model("llama")
+    prompts = [tokens(1, 6, seed=seed)[0] for seed in range(3)]
+    alone = [[step.token for step in generate(model, prompt, p=0.5, max_new_tokens=9)][1:] for prompt in prompts]
+    stop = alone[1][2]
+    made = [[], [], []]
+    for row, step in generate_batch(model, prompts, p=0.5, max_new_tokens=9, stop=[stop]):
+        if not step.prefill:
+            made[row].append(step.token)
+    for row, tokens_alone in enumerate(alone):
+        end = tokens_alone.index(stop) + 1 if stop in tokens_alone else 9
+        assert made[row] == tokens_alone[:end]
+    assert len(made[1]) == alone[1].index(stop) + 1
+
+
+@pytest.mark.parametrize("p", [[0.5], [0.5, 0.5, 0.5], [0.5, 1.5]])
+def test_a_batch_refuses_thresholds_that_do_not_fit(p):
+    """At the call itself."""
+    with pytest.raises(ValueError, match=r"for a batch of 2|from 0 to 1"):
+        generate_batch(mod_model("llama"), [tokens(1, 4)[0]] * 2, p=p, max_new_tokens=2)
+    with pytest.raises(ValueError, match="prompts is empty"):
+        generate_batch(mod_model("llama"), [], p=0.5, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "gpt2"])
+def test_a_kept_cache_saves_the_prefix(variant):
+    """A chat's next turn runs its new tokens alone and goes on as if all had been run."""
+    model, cache = mod_model(variant), mod_model(variant).new_cache()
+    first = list(generate(model, tokens(1, 9), p=0.4, max_new_tokens=5, cache=cache))
+    held = [token for step in first for token in step.tokens.tolist()]
+    assert cache.tokens == held
+    longer = [*held, 3, 1, 4]
+    again = list(generate(model, longer, p=0.4, max_new_tokens=5, cache=cache))
+    fresh = list(generate(model, longer, p=0.4, max_new_tokens=5))
+    assert again[0].tokens.tolist() == [3, 1, 4]
+    assert [step.token for step in again[1:]] == [step.token for step in fresh[1:]]
+    assert again[-1].kv_stored == fresh[-1].kv_stored
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-window"])
+def test_a_kept_cache_is_cut_back_where_the_prompt_differs(variant):
+    """An edited message; a window that has moved on is begun anew."""
+    model = mod_model(variant)
+    cache = model.new_cache()
+    ids = tokens(1, 60)[0].tolist()
+    list(generate(model, ids, p=0.4, max_new_tokens=2, cache=cache))
+    edited = [*ids[:20], 7, 8, 9]
+    again = list(generate(model, edited, p=0.4, max_new_tokens=5, cache=cache))
+    fresh = list(generate(model, edited, p=0.4, max_new_tokens=5))
+    assert again[0].tokens.tolist() == (edited if variant == "mistral-window" else [7, 8, 9])
+    assert [step.token for step in again[1:]] == [step.token for step in fresh[1:]]
+    assert again[-1].kv_stored == fresh[-1].kv_stored
+
+
+def test_a_prompt_held_whole_runs_its_last_token_again():
+    """Its logits are needed."""
+    model = mod_model("llama")
+    cache, ids = model.new_cache(), tokens(1, 9)[0].tolist()
+    for _ in range(2):
+        steps = list(generate(model, ids, p=0.4, max_new_tokens=3, cache=cache))
+    assert steps[0].tokens.tolist() == ids[-1:]
+    fresh = list(generate(model, ids, p=0.4, max_new_tokens=3))
+    assert [step.token for step in steps[1:]] == [step.token for step in fresh[1:]]
+
+
+def test_a_cache_that_another_call_filled_is_refused():
+    """Its tokens are not known; a foreign cache class is refused too."""
+    model = mod_model("llama")
+    cache = model.new_cache()
+    model(tokens(1, 5), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"another call.*new_cache"):
+        next(generate(model, tokens(1, 8), p=0.5, max_new_tokens=2, cache=cache))
+    with pytest.raises(ValueError, match=r"model.new_cache\(\) makes"):
+        generate(model, tokens(1, 8), p=0.5, max_new_tokens=2, cache=object())
+
+
+@pytest.mark.parametrize(
+    ("variant", "config", "why"),
+    [
+        ("gpt2", MoDConfig(), "gpt2 is not Llama-shaped"), ("gpt_neox", MoDConfig(), "not Llama-shaped"),
+        ("llama", MoDConfig(kv="keep"), "kv='keep'"), ("llama", MoDConfig(gate="paper"), "gate='paper'"),
+    ],
+)
+def test_what_the_fast_path_can_not_run_goes_the_stock_way(variant, config, why):
+    """And says why."""
+    executor = executor_of(mod_model(variant, config))
+    assert executor.name == "stock"
+    assert why in executor.note
+
+
+def test_hooks_and_training_mode_go_the_stock_way():
+    """A hook sees every call; training mode may drop things out."""
+    model = mod_model("llama")
+    assert executor_of(model).name == "fast"
+    handle = model.model.layers[2].register_forward_hook(lambda *args: None)
+    assert "hooks" in choose(model).note
+    handle.remove()
+    assert "training" in executor_of(model.train()).note
+    assert executor_of(model.eval()).name == "fast"
+
+
+def test_a_layer_that_does_more_goes_the_stock_way():
+    """The logits are compared before the fast path is used: here the MLP's output is halved by a subclass."""
+    model = mod_model("llama")
+    layer = model.model.layers[2]
+    parent = type(layer)
+    body = {"forward": lambda self, x, **more: 0.5 * parent.forward(self, x, **more)}
+    layer.__class__ = type(parent.__name__, (parent,), body)
+    executor = executor_of(model)
+    assert executor.name == "stock"
+    assert "logits differ" in executor.note
+
+
+def test_an_executor_is_kept_until_weights_move():
+    """The same one at every call, another after a cast, none in a copy. Weights changed in place are seen."""
+    model, ids = mod_model("llama"), tokens(1, 12)[0]
+    executor = executor_of(model)
+    assert executor_of(model) is executor
+    assert copy.deepcopy(model).executor_slot.value is None
+    model.model.layers[2].mlp.down_proj.weight.mul_(3)
+    assert executor_of(model) is executor
+    same(run(executor, model, ids, 6, 0.0), run(Stock(model, "test"), model, ids, 6, 0.0))
+    routers(model)[0].bias.add_(1.0)
+    assert executor_of(model) is not executor
+    executor = executor_of(model)
+    model.to(torch.bfloat16)
+    assert executor_of(model) is not executor
+
+
+def test_a_broken_router_lets_tokens_run():
+    """NaN scores open the gate on every path."""
+    model, ids = mod_model("llama"), tokens(1, 10)[0]
+    routers(model)[1].weight.fill_(float("nan"))
+    for decoder in DECODERS:
+        found = run(fast(model, decoder), model, ids, 5, 0.5)
+        assert found[2][1].all()
+        assert torch.isfinite(found[0]).all()
+
+
+def test_threads_share_a_model():
+    """Four threads, each with its own p, get what each gets alone."""
+    model = mod_model("llama")
+    jobs = [(tokens(1, 5 + at, seed=at), 0.2 * at) for at in range(4)]
+
+    def text(job):
+        return [step.token for step in generate(model, job[0], p=job[1], max_new_tokens=30)]
+
+    alone, found = [text(job) for job in jobs], [None] * 4
+    workers = [
+        threading.Thread(target=lambda at=at: found.__setitem__(at, text(jobs[at]))) for at in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert found == alone
+
+
+@pytest.fixture
+def fresh_build(tmp_path, monkeypatch):
+    """An empty cache of kernels."""
+    monkeypatch.setenv("MODIFICATION_CACHE", str(tmp_path))
+    native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()
+
+
+def test_without_a_compiler_torch_decodes(fresh_build, monkeypatch):
+    """No compiler, or one that fails: said in the note, and it runs all the same."""
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    executor = choose(mod_model("llama"))
+    assert executor.name == "fast"
+    assert "no C++ compiler" in executor.note
+    native.library.cache_clear()
+    monkeypatch.setenv("CXX", "/bin/false")
+    executor = choose(mod_model("llama"))
+    assert "could not be built" in executor.note
+    assert len(run(executor, mod_model("llama"), tokens(1, 8)[0], 4, 0.5)[0]) == 5
+    assert not list(fresh_build.glob("*.so"))
+
+
+def test_kernels_are_built_once(fresh_build):
+    """The second process reads the file."""
+    if native.library()[0] is None:
+        pytest.skip("no compiler on this machine")
+    made = list(fresh_build.iterdir())
+    assert len(made) == 1
+    before = made[0].stat().st_mtime_ns
+    native.library.cache_clear()
+    native.library()
+    assert made[0].stat().st_mtime_ns == before
+
+
+def test_quantised_weights_are_routed(tmp_path):
+    """8-bit weights through the fast path in torch, routers in full precision."""
+    pytest.importorskip("bitsandbytes")
+    folder = save_folder(mod_model("llama", hidden_size=64, intermediate_size=64), tmp_path)
+    model, _ = load(folder, quantization="8bit")
+    assert executor_of(model).name == "fast"
+    assert "not plain linear" in executor_of(model).note
+    assert all(router.weight.dtype == torch.float32 for router in routers(model))
+    steps = list(generate(model, tokens(1, 9), p=0.5, max_new_tokens=6))
+    assert 0 < np.mean([step.load for step in steps]) < 1
+    assert steps[-1].kv_stored < steps[-1].kv_dense
+
+
+def test_a_quantisation_that_can_not_run_is_refused(tmp_path):
+    """The kernel's own condition (outputs in multiples of 32 on a CPU) becomes a sentence, at loading."""
+    pytest.importorskip("bitsandbytes")
+    if not torch.cpu._is_avx512_supported():
+        pytest.skip("the condition is that of bitsandbytes' AVX512 kernels")
+    folder = save_folder(dense_model("llama", intermediate_size=48), tmp_path)
+    with pytest.raises(ValueError, match=r"4bit weights of this model can't run on cpu .*choose another"):
+        load(folder, quantization="4bit")

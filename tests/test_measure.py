@@ -1,0 +1,296 @@
+"""Cost formulas, estimates, the bench and memory: counted work equals real work, on paper equals in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import DEPTH, VOCABULARY, dense_model, mod_model, save_folder, tokens
+from torch.utils.flop_counter import FlopCounterMode
+
+from modification import MoDConfig, convert
+from modification.cli import main
+from modification.executor import Stock, base
+from modification.measure import bench as bench_module
+from modification.measure.bench import bench, dense_twin, random_pair, table
+from modification.measure.cost import ModelShape
+from modification.measure.estimate import config_of, devices, estimate
+from modification.measure.memory import Peak
+from modification.measure.presets import preset, presets
+from modification.measure.speed import Work, threshold_for, time_engine, time_stock
+
+CPU = torch.device("cpu")
+
+
+def wide_model():
+    """Matrices of unlike sizes; attention in plain products, which torch's counter sees."""
+    return mod_model(
+        "llama", hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        kernel="eager",
+    )
+
+
+def hidden_half(shape, counts):
+    """FLOPs of the pairs that plain attention multiplies and then masks: later keys, never counted as work."""
+    return sum(4 * (n * n - n * (n + 1) // 2) * shape.attention_width for n in counts)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4, 0.7])
+def test_prefill_flops_are_those_torch_counts(p):
+    """Within 2%: the prompt's matrix products and attention, head for one token."""
+    model, ids = wide_model(), tokens(1, 200)
+    shape = ModelShape.of(model)
+    with FlopCounterMode(display=False) as counter:
+        done = Stock(model, "test").prefill(ids[0], model.new_cache(), p)
+    ran = done.routed.sum(1).tolist()
+    counted = shape.prefill_flops(200, ran) + hidden_half(shape, [200, 200, *ran])
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_dense_flops_are_those_torch_counts():
+    """The same for a dense parent."""
+    model, ids = wide_model(), tokens(1, 200)
+    shape, dense = ModelShape.of(model), dense_twin(model)
+    with FlopCounterMode(display=False) as counter:
+        dense(ids, logits_to_keep=1)
+    counted = shape.prefill_flops(200) + hidden_half(shape, [200] * DEPTH)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_decode_bytes_by_hand():
+    """Two layers, one of them routed; two rows of which one runs there."""
+    shape = ModelShape(
+        2, (1,), layer_weights=100, head_weights=50, attention_width=8, router_weights=10, entry_width=4
+    )
+    entries, ran = np.array([[5, 7], [2, 3]]), np.array([[True, False]])
+    assert shape.decode_bytes(2, entries) == 2 * (2 * 100 + 50 + (5 + 7 + 2 + 3) * 4)
+    assert shape.decode_bytes(2, entries, ran) == 2 * (2 * 100 + 50 + (5 + 7 + 2) * 4) + 4 * 10
+    assert shape.decode_bytes(2, entries, ~ran | ran, layer_bytes=30) == 2 * 30 + 2 * (50 + 17 * 4) + 4 * 10
+    none = shape.decode_bytes(2, entries, np.array([[False, False]]))
+    assert none == 2 * (100 + 50 + (5 + 7) * 4) + 4 * 10
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "gpt2", "gpt_neox"])
+def test_estimated_weights_and_entries_are_the_real_ones(variant):
+    """Within 2%: parameters of the model; entries stored and allocated by a cache at the load that was reached."""
+    model = mod_model(variant)
+    cache = model.new_cache()
+    done = Stock(model, "test").prefill(tokens(1, 200)[0], cache, 0.5)
+    found = estimate(model.config, context=200, load=float(done.routed.mean()), dtype=torch.float32)
+    parameters = sum(p.nbytes for p in model.parameters())
+    assert found.mod.weights == pytest.approx(parameters, rel=0.02)
+    dense = sum(p.nbytes for p in dense_twin(model).parameters())
+    assert found.dense.weights == dense
+    assert found.dense.kv == cache.nbytes().dense
+    assert found.mod.kv == pytest.approx(cache.nbytes().stored * (1 + 0.5 / 16), rel=0.02)
+    assert found.mod_layers == model.mod_layers
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-2-7b", 6_738_415_616), ("llama-2-13b", 13_015_864_320), ("llama-2-70b", 68_976_648_192),
+        ("llama-3.1-8b", 8_030_261_248), ("llama-3.2-1b", 1_235_814_400), ("qwen3-0.6b", 596_049_920),
+        ("qwen3-8b", 8_190_735_360), ("mistral-7b", 7_248_023_552),
+    ],
+)
+def test_presets_have_the_published_sizes(name, parameters):
+    """To the parameter."""
+    assert estimate(preset(name), context=16).dense.weights == 2 * parameters
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_can_be_estimated(name):
+    """Less load, less of everything; at load 1 a MoD model costs what its parent does."""
+    config = config_of(name)
+    full, half = (estimate(config, context=2048, load=load) for load in (1.0, 0.5))
+    for part in ("kv", "prefill_flops", "decode_flops", "decode_bytes"):
+        assert getattr(half.mod, part) < getattr(half.dense, part)
+        assert getattr(full.mod, part) == pytest.approx(getattr(full.dense, part), rel=0.04)
+    assert half.speed_up(64) > 1
+
+
+def test_a_batch_reads_more_layers_than_a_row():
+    """A layer's weights are read when any row runs it, so sixteen rows save less weight traffic than one."""
+    config = preset("llama-2-7b")
+    one, many = (estimate(config, context=16, batch=batch, load=0.5) for batch in (1, 16))
+    assert one.dense.decode_bytes / one.mod.decode_bytes > many.dense.decode_bytes / many.mod.decode_bytes
+    assert many.dense.decode_bytes / many.mod.decode_bytes == pytest.approx(1, abs=0.02)
+
+
+def test_the_paper_table_is_reproduced():
+    """Llama-2 7B, half load in the inner layers: 1.8x less keys and values and less than 2x of them."""
+    found = estimate(preset("llama-2-7b"), context=4096, batch=16, load=0.5, device=devices()["a100"])
+    assert 1.7 < found.dense.kv / found.mod.kv < 1.9
+    assert found.dense.bound == ("compute", "memory")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({"context": 0}, "must be 1 or more"), ({"context": 8, "batch": 0}, "1 or more"),
+     ({"context": 8, "load": 1.5}, "from 0 to 1"), ({"context": 8, "layers": (40,)}, "index 40")],
+)
+def test_an_estimate_out_of_bounds_is_refused(options, why):
+    """With the value."""
+    with pytest.raises(ValueError, match=why):
+        estimate(preset("llama-2-7b"), **options)
+
+
+def test_estimates_of_unknown_and_expert_models_are_refused(tmp_path):
+    """By name, with what there is."""
+    with pytest.raises(ValueError, match=r"'llama-9'.*llama-2-7b"):
+        config_of("llama-9")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "num_local_experts": 8}))
+    with pytest.raises(ValueError, match="mixture of experts"):
+        config_of(str(tmp_path))
+
+
+def test_work_is_the_same_for_every_side():
+    """Same seed, same ids; prompts and followers do not overlap."""
+    first, second = (Work.random(VOCABULARY, 3, 10, 4, CPU) for _ in range(2))
+    assert torch.equal(first.prompts, second.prompts)
+    assert first.prompts.shape == (3, 10)
+    assert first.follow.shape == (3, 4)
+
+
+def test_a_timing_counts_what_ran():
+    """Load, bytes and FLOPs of a round are those of the model's own records."""
+    model = mod_model("llama")
+    work = Work.random(VOCABULARY, 2, 30, 5, CPU)
+    executor = Stock(model, "test")
+    timing = time_engine(executor, model, work, 0.5)
+    routed = [torch.cat(model(ids[None], p=0.5, output_router_scores=True).routed) for ids in work.prompts]
+    assert timing.load[0] == pytest.approx(torch.stack(routed).float().mean().item())
+    whole = torch.cat([work.prompts, work.follow], 1)
+    expected = sum(
+        int(torch.cat(model(ids[None], p=0.5, output_router_scores=True).routed).sum()) + 2 * len(ids) for ids in whole
+    )
+    entry = model.new_cache().entry_bytes
+    assert timing.stored == expected * entry
+    assert timing.stored <= timing.allocated <= 1.1 * timing.stored
+    assert 0 < timing.prefill <= timing.first_token
+    assert timing.traffic < time_engine(executor, model, work, 0.0).traffic
+
+
+def test_stock_is_timed_token_by_token():
+    """All steps happen, whatever the end-of-sequence token."""
+    model = dense_model("llama", eos_token_id=3)
+    timing = time_stock(model, Work.random(VOCABULARY, 2, 20, 6, CPU))
+    assert timing.prefill > 0
+    assert timing.decode > 0
+
+
+@pytest.mark.parametrize("load", [0.25, 0.5, 0.75])
+def test_the_threshold_of_a_load_reaches_it(load):
+    """On the very prompt."""
+    model = mod_model("llama", max_position_embeddings=1024)
+    executor, ids = Stock(model, "test"), tokens(1, 600)[0]
+    p = threshold_for(load, executor, model, ids)
+    assert executor.prefill(ids, model.new_cache(), p).routed.mean() == pytest.approx(load, abs=0.05)
+    assert threshold_for(1.0, executor, model, ids) == 0.0
+
+
+def test_peak_memory_sees_what_was_in_use():
+    """64 MB that are gone by the end, above what was there before."""
+    before = torch.ones(1 << 20)
+    with Peak(CPU) as peak:
+        block = torch.ones(16 << 20)
+        del block
+    if peak.bytes is None:
+        pytest.skip("this system has no high-water mark that can be reset")
+    assert 60e6 < peak.bytes < 90e6
+    assert len(before) == 1 << 20
+
+
+def test_bench_compares_with_the_faster_dense_side():
+    """Efficiency is speed-up over ideal, and both come from the figures in the table."""
+    parent, model = random_pair(preset_small(), torch.float32)
+    results = bench(model, parent, contexts=[24], batches=[1, 2], loads=[1, 0.5], new_tokens=4, rounds=2)
+    assert [result.side for result in results] == ["stock generate", "engine, p = 0", "load 0.5"] * 2
+    stock, dense, half = results[:3]
+    assert half.speed_up[0] == pytest.approx(min(stock.prefill_s, dense.prefill_s) / half.prefill_s)
+    assert half.speed_up[1] == pytest.approx(half.decode_tps / max(stock.decode_tps, dense.decode_tps))
+    assert half.efficiency[0] == pytest.approx(half.speed_up[0] / half.ideal[0])
+    assert half.ideal[0] > 1
+    assert half.load_prompt == pytest.approx(0.5, abs=0.2)
+    assert dense.load_prompt == dense.load_decode == 1
+    assert dense.speed_up is None
+    assert "load 0.5" in table(results)
+
+
+def preset_small():
+    """A small Llama config."""
+    return dense_model("llama").config
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [({"contexts": [0]}, "contexts"), ({"batches": [0]}, "batch"), ({"loads": [1.2]}, "loads"),
+     ({"new_tokens": 0}, "new tokens"), ({"rounds": 0}, "rounds"), ({"contexts": [300]}, "at most 252")],
+)
+def test_a_bench_out_of_bounds_is_refused_before_it_runs(change, why):
+    """Naming the value."""
+    options = {"contexts": [8], "batches": [1], "loads": [1], "new_tokens": 4, "rounds": 1, **change}
+    parent, model = random_pair(preset_small(), torch.float32)
+    with pytest.raises(ValueError, match=why):
+        bench(model, parent, **options)
+
+
+def test_the_dense_twin_is_the_parent():
+    """A restored copy; the MoD model stays one."""
+    parent = dense_model("llama")
+    model = convert(dense_model("llama"), MoDConfig())
+    twin = dense_twin(model)
+    assert torch.equal(twin(tokens()).logits, parent(tokens()).logits)
+    assert type(model).__name__ == "MoDLlamaForCausalLM"
+
+
+def test_bench_on_the_command_line(tmp_path, capsys):
+    """A table, plots, a file and one JSON line at the end."""
+    folder = save_folder(mod_model("llama"), tmp_path / "mod")
+    argv = [
+        "bench", folder, "--contexts", "8,16", "--batch", "1,2", "--load", "1,0.5", "--new-tokens", "2",
+        "--rounds", "1", "--device", "cpu", "--json", tmp_path / "out.json", "--plots", tmp_path / "plots",
+    ]
+    assert main([str(part) for part in argv]) == 0
+    out = capsys.readouterr().out.splitlines()
+    last = json.loads(out[-1])
+    assert last == json.loads((tmp_path / "out.json").read_text())
+    assert len(last["results"]) == 4 * 3
+    assert last["executor"].startswith("fast")
+    assert all(math.isfinite(result["decode_tps"]) for result in last["results"])
+    assert any(line.startswith("| context |") for line in out)
+    assert {path.name for path in (tmp_path / "plots").glob("*.html")} == {
+        f"{name}-batch-{batch}.html" for name in ("speed", "efficiency") for batch in (1, 2)
+    }
+
+
+def test_bench_needs_a_model_or_a_shape(tmp_path, capsys):
+    """One of the two."""
+    random = ["--random", "llama-10m"]
+    for more in ([], ["x", *random], [*random, "--dense", "x"], [*random, "--device", "tpu"], [*random, "--load", "a"]):
+        assert main(["bench", *more]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_estimate_on_the_command_line(tmp_path, capsys):
+    """A table that says estimated; JSON; and a saved MoD model's own config."""
+    assert main(["estimate", "llama-2-7b", "--batch", "4"]) == 0
+    assert "| estimated | dense | MoD | dense / MoD |" in capsys.readouterr().out
+    folder = save_folder(mod_model("llama"), Path(tmp_path) / "mod")
+    assert main(["estimate", str(folder), "--context", "100", "--dtype", "fp32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["mod_layers"]) == DEPTH - 2
+    assert found["dense"]["kv"] > found["mod"]["kv"]
+
+
+def test_chunks_bound_activations():
+    """The constant that the estimate counts on is the executors'."""
+    assert bench_module.executor_of(mod_model("llama")).name == "fast"
+    assert estimate(preset("llama-2-7b"), context=10 * base.CHUNK).dense.activations < (
+        2 * estimate(preset("llama-2-7b"), context=base.CHUNK).dense.activations
+    )
