@@ -7,10 +7,14 @@ which is how sliding windows stay bounded.
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
 SPARE = 16  # a full buffer grows by one part in this many
+MAPPED = 1 << 18  # bytes from which a CPU buffer is mapped
 
 
 class Buffer:
@@ -102,7 +106,7 @@ class Buffer:
         shape = (*like.shape[:-2], capacity, like.shape[-1])
         for name in ("_keys", "_values"):  # one after the other, so that only one old buffer is alive meanwhile
             old: Tensor | None = getattr(self, name)
-            fresh = like.new_empty(shape)
+            fresh = _room(shape, like)
             if old is not None:
                 fresh[..., :length, :] = old[..., self.start : self.end, :]
             setattr(self, name, fresh)
@@ -115,6 +119,15 @@ class Buffer:
         self.capacity = self._keys.shape[-2]
         self.entry_bytes = (self._keys.nbytes + self._values.nbytes) // max(1, self.capacity)
         self._addresses = self._keys.data_ptr(), self._values.data_ptr(), None
+
+
+def _room(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An empty tensor. Large ones on a CPU are mapped: replaced by a larger one, they go back to the system whole,
+    where malloc would keep a hole that is too small for any later one."""
+    size = math.prod(shape) * like.itemsize
+    if like.device.type != "cpu" or size < MAPPED:
+        return like.new_empty(shape)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(shape)
 
 
 class Row(Buffer):

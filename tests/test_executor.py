@@ -12,11 +12,13 @@ from builders import TOLERANCE, assert_close, dense_model, mod_model, routers, s
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from modification import MoDConfig, generate, generate_batch, load
+from modification import MoDConfig, RaggedCache, generate, generate_batch, load
 from modification.executor import Stock, base, executor_of, native
-from modification.executor.choose import choose
-from modification.executor.fast import Fast, blocks_of
+from modification.executor.blocks import blocks_of
+from modification.executor.choose import choose, fast_executor
+from modification.executor.fast import Fast
 from modification.executor.native import NativeDecoder
+from modification.measure.bench import dense_twin
 
 LLAMA_SHAPED = ("llama", "mistral", "mistral-window", "qwen2", "qwen2-window", "qwen3")
 DECODERS = ("native", "torch")
@@ -26,12 +28,13 @@ every_decoder = pytest.mark.parametrize("decoder", DECODERS)
 
 def fast(model, decoder="native", compiled=False):
     """The fast executor, decoding with the kernels or in torch."""
+    blocks = blocks_of(model)
     if decoder == "torch":
-        return Fast(model, None, "test", compiled)
+        return Fast(model, blocks, None, "test", compiled)
     built, why = native.library()
     if built is None:
         pytest.skip(f"no kernels on this machine: {why}")
-    return Fast(model, NativeDecoder(model, blocks_of(model), built), "test")
+    return Fast(model, blocks, NativeDecoder(model, blocks, built), "test")
 
 
 def run(executor, model, ids, prompt, p, cache=None):
@@ -116,6 +119,16 @@ def test_long_rows_are_split_over_threads_and_joined():
             same(run(fast(model), model, ids[0], 900, 0.0), expected)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-window"])
+def test_without_routers_it_is_the_dense_parent(variant):
+    """The same weights, no decisions: what a bench calls the dense engine."""
+    model, ids = mod_model(variant), tokens(1, 30)
+    cache = RaggedCache(model.windows, (), model.new_cache().entry_bytes)
+    logits, scores, routed, _ = run(fast_executor(model, routed=False), model, ids[0], 20, 0.5, cache)
+    assert_close(logits, dense_twin(model)(ids).logits[0, 19:])
+    assert scores.shape == routed.shape == (0, 30)
 
 
 @every_decoder

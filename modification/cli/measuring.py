@@ -37,6 +37,8 @@ def add(commands: Any) -> None:
     time.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: as in the files; --random: fp32)")
     time.add_argument("--quantization", choices=["4bit", "8bit"], help="bitsandbytes weights; routers stay as they are")
     time.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    time.add_argument("--no-stock", action="store_true", help="leave transformers' generate out (long contexts)")
+    time.add_argument("--overheads", action="store_true", help="also: no routers; streamed with a trace")
     time.add_argument("--json", type=Path, help="also write the results there")
     time.add_argument("--plots", type=Path, help="folder for plots (HTML)")
     time.set_defaults(run=_bench)
@@ -61,7 +63,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     results = bench(
         model, parent, contexts=numbers("--contexts", arguments.contexts, int),
         batches=numbers("--batch", arguments.batch, int), loads=numbers("--load", arguments.load, float),
-        new_tokens=arguments.new_tokens, rounds=arguments.rounds,
+        new_tokens=arguments.new_tokens, rounds=arguments.rounds, stock=not arguments.no_stock,
+        overheads=arguments.overheads,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(table(results))

@@ -6,6 +6,7 @@ are. Shapes: N tokens, W width, H query heads, G key heads, D head width, K stor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,25 @@ class Block:
         h = x + self.attention.o_proj(mixed)
         out: Tensor = h + self.mlp(self.mlp_norm(h))
         return out
+
+
+def blocks_of(model: Any, routed: bool = True) -> list[Block]:
+    """A MoD model's layers, taken apart; not ``routed``, those of its dense parent."""
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [
+        Block(layer, head, getattr(layer, "router", None) if routed else None, window)
+        for layer, window in zip(model.family.decoder_layers(model), model.windows, strict=True)
+    ]
+
+
+def stacked_routers(blocks: Sequence[Block], width: int) -> tuple[Tensor, Tensor]:
+    """Weights [M, W] and biases [M] of all routers, float32."""
+    routers = [block.router for block in blocks if block.router is not None]
+    if not routers:
+        return torch.empty(0, width), torch.empty(0)
+    weights = torch.cat([router.weight.detach().float() for router in routers])
+    return weights, torch.cat([router.bias.detach().float() for router in routers])
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from modification.executor.base import Executor, Stock
-from modification.executor.fast import Fast, blocks_of
+from modification.executor.blocks import blocks_of
+from modification.executor.fast import Fast
 from modification.executor.native import NativeDecoder, library, native_obstacle
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies don't depend on the length
@@ -28,18 +29,22 @@ def choose(model: Any) -> Executor:
     """The fast executor, or the stock one with the reason in its note."""
     if (why := obstacle(model)) is not None:
         return Stock(model, why)
-    blocks = blocks_of(model)
-    why, native = native_obstacle(model, blocks), None
-    if why is None:
-        built, why = library()
-        native = None if built is None else NativeDecoder(model, blocks, built)
-    cuda = model.device.type == "cuda"
-    note = f"fast: {why}" if native is not None else f"fast: torch ({why})"
-    fast = Fast(model, native, note, compiled=cuda)
+    fast = fast_executor(model)
     difference = disagreement(model, fast)
     if difference <= TOLERANCE[model.dtype]:
         return fast
     return Stock(model, f"the fast path's logits differ by {difference:.2g} of the largest one")
+
+
+def fast_executor(model: Any, routed: bool = True) -> Fast:
+    """The fast executor, unchecked; not ``routed``, it runs the dense parent."""
+    blocks = blocks_of(model, routed)
+    why, native = native_obstacle(model, blocks), None
+    if why is None:
+        built, why = library()
+        native = None if built is None else NativeDecoder(model, blocks, built)
+    note = f"fast: {why}" if native is not None else f"fast: torch ({why})"
+    return Fast(model, blocks, native, note, compiled=model.device.type == "cuda")
 
 
 def obstacle(model: Any) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modification.cache import RaggedCache
 from modification.executor.base import Executor, Pass
-from modification.executor.blocks import Block, Rotation, attend
+from modification.executor.blocks import Block, Rotation, attend, stacked_routers
 from modification.executor.native import NativeDecoder
 from modification.routing import OPEN
 
@@ -27,19 +27,19 @@ class Fast(Executor):
 
     Args:
         model: a MoD model that ``choose.obstacle`` has nothing against.
+        blocks: its layers; without routers it runs as its dense parent.
         native: kernels for decoding, or None to decode in torch.
         compiled: put ``torch.compile`` around the pieces of a layer (worth it on CUDA).
     """
 
     name = "fast"
 
-    def __init__(self, model: Any, native: NativeDecoder | None, note: str, compiled: bool = False) -> None:
-        self.model, self.native, self.note = model, native, note
+    def __init__(
+        self, model: Any, blocks: Sequence[Block], native: NativeDecoder | None, note: str, compiled: bool = False
+    ) -> None:
+        self.model, self.blocks, self.native, self.note = model, blocks, native, note
         self.base, self.anchors = model.model, model.mod_config.anchors
-        self.blocks = blocks_of(model)
-        routers = [block.router for block in self.blocks if block.router is not None]
-        self.routers = torch.cat([router.weight.detach().float() for router in routers])
-        self.biases = torch.cat([router.bias.detach().float() for router in routers])
+        self.routers, self.biases = stacked_routers(blocks, model.config.hidden_size)
         self._project: Any = torch.compile(Block.project, dynamic=True) if compiled else Block.project
         self._finish: Any = torch.compile(Block.finish, dynamic=True) if compiled else Block.finish
 
@@ -62,6 +62,8 @@ class Fast(Executor):
             x = self._layer(block, x, chosen, columns, rotation, cache.layers[index])
         cache.advance_all(len(ids))
         logits = self._head(x[-1:]) if last else x[:0]
+        if not scores:
+            return Pass(logits, np.empty((0, len(ids)), np.float32), np.empty((0, len(ids)), bool))
         return Pass(logits, torch.stack(scores).cpu().numpy(), torch.stack(routed).cpu().numpy())
 
     def _layer(
@@ -104,7 +106,7 @@ class Fast(Executor):
                 x, ahead = self._decode_layer(index, x, rows, columns, rotation, caches, ahead)
         for cache in caches:
             cache.advance_all(1)
-        return Pass(self._head(x), scores, np.array(routed))
+        return Pass(self._head(x), scores, np.array(routed, bool).reshape(scores.shape))
 
     def _decode_layer(
         self, index: int, x: Tensor, rows: list[int], columns: Tensor, rotation: Rotation,
@@ -136,14 +138,3 @@ class Fast(Executor):
     def _rotation(self, x: Tensor, columns: Tensor) -> Rotation:
         cos, sin = self.base.rotary_emb(x, columns[None])
         return cos[0], sin[0]
-
-
-def blocks_of(model: Any) -> list[Block]:
-    """The model's layers, taken apart."""
-    config = model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    windows = model.windows
-    return [
-        Block(layer, head, getattr(layer, "router", None), windows[index])
-        for index, layer in enumerate(model.family.decoder_layers(model))
-    ]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from modification.cache import RaggedCache
 from modification.executor.base import Pass
-from modification.executor.blocks import Block
+from modification.executor.blocks import Block, stacked_routers
 from modification.routing import OPEN
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -75,12 +75,10 @@ class NativeDecoder:
         config, base = model.config, model.model
         self.embedding, self.anchors = base.embed_tokens.weight, model.mod_config.anchors
         self.layers = [_layer(block) for block in blocks]
-        routers = [block.router for block in blocks if block.router is not None]
-        self.routers = torch.cat([router.weight.detach().float() for router in routers]).contiguous()
-        self.biases = torch.cat([router.bias.detach().float() for router in routers]).contiguous()
+        self.routers, self.biases = stacked_routers(blocks, config.hidden_size)
         head, kv_heads = blocks[0].head, config.num_key_value_heads
         self.shape = _Shape(
-            config.hidden_size, config.num_attention_heads, kv_heads, head, config.intermediate_size, len(routers),
+            config.hidden_size, config.num_attention_heads, kv_heads, head, config.intermediate_size, len(self.biases),
             config.rms_norm_eps, torch.finfo(torch.float32).eps, blocks[0].attention.scaling,
             int(model.dtype == torch.bfloat16),
         )
@@ -117,7 +115,8 @@ class NativeDecoder:
                 store.end += 1
         for cache in caches:
             cache.advance_all(1)
-        return Pass(self._head(x), np.array(scores, np.float32), np.array(routed))
+        size = (routers, count)
+        return Pass(self._head(x), np.array(scores, np.float32).reshape(size), np.array(routed, bool).reshape(size))
 
     def _place(self, row: _Row, store: Any, index: int, column: int, window: int | None) -> None:
         if store.end == store.capacity:

@@ -20,10 +20,23 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from modification.config import MoDConfig
 from modification.executor import executor_of
-from modification.measure.speed import Timing, Work, alternate, median, threshold_for, time_engine, time_stock
+from modification.executor.choose import fast_executor
+from modification.measure.estimate import estimate
+from modification.measure.speed import (
+    Timing,
+    Work,
+    alternate,
+    median,
+    threshold_for,
+    time_dense,
+    time_engine,
+    time_stock,
+    time_stream,
+)
 from modification.model import convert, restore
 
 STOCK, DENSE = "stock generate", "engine, p = 0"
+PLAIN, STREAM = "engine without routers", "engine, p = 0, streamed with its trace"
 SCATTER = 2.0  # spread of random routers' logits: scores then cover (0, 1)
 _MB = 1e6
 
@@ -38,6 +51,7 @@ class Result:
         prefill_s, first_token_s, decode_tps: seconds, seconds, new tokens per second over the batch.
         peak_mb: memory above idle; None where it can't be measured.
         kv_stored_mb, kv_allocated_mb: keys and values at the end; None for the stock side.
+        estimated_mb: keys, values and activations as the estimator foretells them for the load that was reached.
         ideal, speed_up, efficiency: of (prefill, decode), over the faster dense side; None for dense sides.
     """
 
@@ -55,6 +69,7 @@ class Result:
     peak_mb: float | None
     kv_stored_mb: float | None
     kv_allocated_mb: float | None
+    estimated_mb: float | None = None
     ideal: tuple[float, float] | None = None
     speed_up: tuple[float, float] | None = None
     efficiency: tuple[float, float] | None = None
@@ -80,7 +95,8 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 def bench(
     model: Any, parent: Any, *, contexts: Sequence[int], batches: Sequence[int], loads: Sequence[float],
-    new_tokens: int, rounds: int = 5, say: Callable[[str], None] = lambda line: None,
+    new_tokens: int, rounds: int = 5, stock: bool = True, overheads: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Result]:
     """Measure every combination; all sides of one alternate.
 
@@ -88,6 +104,8 @@ def bench(
         model, parent: a MoD model and the dense one to compare with.
         contexts: prompt lengths in tokens.
         loads: of the MoD layers, 0 to 1; p is found for each on the prompt itself.
+        stock: whether to time transformers' generate too (slow over long contexts).
+        overheads: whether to time the engine without routers, and streaming with its trace.
         say: told what is being measured.
 
     Raises:
@@ -98,44 +116,76 @@ def bench(
     for context in contexts:
         for batch in batches:
             say(f"context {context:,}, batch {batch}: {rounds} rounds")
-            found += _setting(model, parent, context, batch, loads, new_tokens, rounds)
+            setting = Setting(model, parent, context, batch, new_tokens, stock, overheads)
+            found += setting.measure(loads, rounds)
     return found
 
 
-def _setting(
-    model: Any, parent: Any, context: int, batch: int, loads: Sequence[float], new_tokens: int, rounds: int
-) -> list[Result]:
-    executor = executor_of(model)
-    work = Work.random(model.config.vocab_size, batch, context, new_tokens, model.device)
-    p = {f"load {load:g}": threshold_for(load, executor, model, work.prompts[0]) for load in loads if load < 1}
-    sides: dict[str, Callable[[], Timing]] = {STOCK: lambda: time_stock(parent, work)}
-    for name, threshold in {DENSE: 0.0, **p}.items():
-        sides[name] = functools.partial(time_engine, executor, model, work, threshold)
-    timings = alternate(sides, rounds)
-    best = tuple(min(median(timings[name], part)[0] for name in (STOCK, DENSE)) for part in ("prefill", "decode"))
-    dense = timings[DENSE][0]
-    return [
-        _result(context, batch, name, {DENSE: 0.0, **p}.get(name), timings[name], dense, best if name in p else None)
-        for name in sides
-    ]
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One context and batch, and the sides that alternate there."""
+
+    model: Any
+    parent: Any
+    context: int
+    batch: int
+    new_tokens: int
+    stock: bool
+    overheads: bool
+
+    def measure(self, loads: Sequence[float], rounds: int) -> list[Result]:
+        """Time all sides and work out the routed ones' speed-up over the faster dense one."""
+        model, executor = self.model, executor_of(self.model)
+        work = Work.random(model.config.vocab_size, self.batch, self.context, self.new_tokens, model.device)
+        p = {f"load {load:g}": threshold_for(load, executor, model, work.prompts[0]) for load in loads if load < 1}
+        sides = self._dense_sides(work)
+        for name, threshold in {DENSE: 0.0, **p}.items():
+            sides[name] = functools.partial(time_engine, executor, model, work, threshold)
+        timings = alternate(sides, rounds)
+        rivals = [name for name in (STOCK, DENSE) if name in timings]
+        best = tuple(min(median(timings[name], part)[0] for name in rivals) for part in ("prefill", "decode"))
+        found = []
+        for name, rows in timings.items():
+            result = _result(self.context, self.batch, name, {DENSE: 0.0, **p}.get(name), rows)
+            result = self._foretold(result)
+            found.append(_compared(result, timings[DENSE][0], rows[0], best) if name in p else result)
+        return found
+
+    def _dense_sides(self, work: Work) -> dict[str, Callable[[], Timing]]:
+        sides: dict[str, Callable[[], Timing]] = {}
+        if self.stock:
+            sides[STOCK] = functools.partial(time_stock, self.parent, work)
+        if self.overheads and executor_of(self.model).name == "fast":
+            sides[PLAIN] = functools.partial(time_dense, fast_executor(self.model, routed=False), self.model, work)
+            sides[STREAM] = functools.partial(time_stream, self.model, work)
+        return sides
+
+    def _foretold(self, result: Result) -> Result:
+        """The memory that the estimator expects for our engine's sides."""
+        if result.p is None:
+            return result
+        side = estimate(
+            self.model.config, context=self.context + self.new_tokens, batch=self.batch, load=result.load_prompt,
+            dtype=self.model.dtype, layers=self.model.mod_layers,
+        ).mod
+        return dataclasses.replace(result, estimated_mb=(side.kv + side.activations) / _MB)
 
 
-def _result(
-    context: int, batch: int, side: str, p: float | None, timings: list[Timing], dense: Timing,
-    best: tuple[float, ...] | None,
-) -> Result:
+def _result(context: int, batch: int, side: str, p: float | None, timings: list[Timing]) -> Result:
     (prefill, prefill_spread), (step, step_spread) = median(timings, "prefill"), median(timings, "decode")
-    one, stock = timings[0], side == STOCK
+    one, ours = timings[0], p is not None
     peaks = [timing.peak for timing in timings if timing.peak is not None]
-    result = Result(
+    return Result(
         context, batch, side, p, *one.load, prefill, prefill_spread, median(timings, "first_token")[0], batch / step,
-        batch / step * step_spread / step, max(peaks) / _MB if peaks else None, None if stock else one.stored / _MB,
-        None if stock else one.allocated / _MB,
+        batch / step * step_spread / step, max(peaks) / _MB if peaks else None, one.stored / _MB if ours else None,
+        one.allocated / _MB if ours else None,
     )
-    if best is None:
-        return result
-    ideal = dense.flops / one.flops, dense.traffic / one.traffic
-    faster = best[0] / prefill, best[1] / step
+
+
+def _compared(result: Result, dense: Timing, routed: Timing, best: tuple[float, ...]) -> Result:
+    """With speed-up and efficiency over the ``best`` dense seconds of prefill and of a decode step."""
+    ideal = dense.flops / routed.flops, dense.traffic / routed.traffic
+    faster = best[0] / result.prefill_s, best[1] * result.decode_tps / result.batch
     efficiency = faster[0] / ideal[0], faster[1] / ideal[1]
     return dataclasses.replace(result, ideal=ideal, speed_up=faster, efficiency=efficiency)
 
@@ -154,13 +204,13 @@ def table(results: Sequence[Result]) -> str:
     """A Markdown table; all figures measured but the ideal, which is counted."""
     lines = [
         "| context | batch | side | load prompt / decode | prefill s | first token s | decode tokens/s | peak MB "
-        "| KV stored / allocated MB | ideal prefill / decode (counted) | speed-up | efficiency |",
+        "(estimated) | KV stored / allocated MB | ideal prefill / decode (counted) | speed-up | efficiency |",
         "|" + "---|" * 12,
     ]
     lines += [
         f"| {r.context:,} | {r.batch} | {r.side} | {r.load_prompt:.2f} / {r.load_decode:.2f} "
         f"| {r.prefill_s:.3f} ± {r.prefill_spread:.3f} | {r.first_token_s:.3f} "
-        f"| {r.decode_tps:.1f} ± {r.decode_spread:.1f} | {_number(r.peak_mb)} "
+        f"| {r.decode_tps:.1f} ± {r.decode_spread:.1f} | {_number(r.peak_mb)} ({_number(r.estimated_mb)}) "
         f"| {_pair((r.kv_stored_mb, r.kv_allocated_mb), 1)} | {_pair(r.ideal)} | {_pair(r.speed_up)} "
         f"| {_pair(r.efficiency)} |"
         for r in results

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from modification.cache import RaggedCache
 from modification.executor import Executor
+from modification.generate import generate_batch
 from modification.measure.cost import ModelShape
 from modification.measure.memory import Peak
 
@@ -94,6 +96,36 @@ def time_engine(executor: Executor, model: Any, work: Work, p: float) -> Timing:
         sum(shape.prefill_flops(ran.shape[2], ran[:, row].sum(1).tolist()) for row in range(rows)),
         _traffic(shape, model, ran, np.array(routed)),
     )
+
+
+def time_dense(executor: Executor, model: Any, work: Work) -> Timing:
+    """One round of the engine as the dense parent: an executor without routers, over caches without them."""
+    entry_bytes = model.new_cache().entry_bytes
+    caches = [RaggedCache(model.windows, (), entry_bytes) for _ in work.prompts]
+    with Peak(model.device) as peak:
+        start = _now(model.device)
+        for ids, cache in zip(work.prompts, caches, strict=True):
+            executor.prefill(ids, cache, 0.0)
+        first = _now(model.device)
+        for tokens in work.follow.T.tolist():
+            executor.decode(tokens, caches, [0.0] * len(caches)).logits.argmax(-1).tolist()
+        end = _now(model.device)
+    return Timing(first - start, first - start, (end - first) / work.follow.shape[1], peak.bytes)
+
+
+def time_stream(model: Any, work: Work) -> Timing:
+    """One round through :func:`generate_batch` at p = 0, every Step made and read: trace and stream on."""
+    steps = work.follow.shape[1]
+    with Peak(model.device) as peak:
+        start = _now(model.device)
+        stream = generate_batch(model, list(work.prompts), p=0.0, max_new_tokens=steps, stop=())
+        for _ in work.prompts:
+            next(stream)
+        first = _now(model.device)
+        for _ in stream:
+            pass
+        end = _now(model.device)
+    return Timing(first - start, first - start, (end - first) / steps, peak.bytes)
 
 
 def time_stock(parent: Any, work: Work) -> Timing:
