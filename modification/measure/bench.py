@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from modification.config import MoDConfig
 from modification.executor import executor_of
 from modification.executor.choose import fast_executor
-from modification.measure.estimate import estimate
+from modification.measure.estimate import devices, estimate
 from modification.measure.speed import (
     Timing,
     Work,
@@ -167,6 +167,7 @@ class Setting:
         side = estimate(
             self.model.config, context=self.context + self.new_tokens, batch=self.batch, load=result.load_prompt,
             dtype=self.model.dtype, layers=self.model.mod_layers,
+            device=devices()["cpu-2-cores"] if self.model.device.type == "cpu" else None,
         ).mod
         return dataclasses.replace(result, estimated_mb=(side.kv + side.activations) / _MB)
 

@@ -31,11 +31,13 @@ class Device:
         flops: dense 16-bit matrix FLOPs per second.
         bandwidth: bytes per second from memory.
         memory: bytes.
+        scratch: bytes that the libraries keep for themselves beside tensors; measured on CPUs, not known elsewhere.
     """
 
     flops: float
     bandwidth: float
     memory: float
+    scratch: int = 0
 
 
 def devices() -> dict[str, Device]:
@@ -46,7 +48,7 @@ def devices() -> dict[str, Device]:
         "a100": Device(312e12, 2.0e12, 80e9),
         "l4": Device(121e12, 0.3e12, 24e9),
         "rtx4090": Device(165e12, 1.008e12, 24e9),
-        "cpu-2-cores": Device(0.25e12, 0.035e12, 16e9),
+        "cpu-2-cores": Device(0.25e12, 0.035e12, 16e9, scratch=24_000_000),
     }
 
 
@@ -164,9 +166,15 @@ def kv_bytes(shape: ModelShape, context: int, batch: int, load: float | None, it
 
 
 def activation_bytes(config: Any, shape: ModelShape, context: int, itemsize: int) -> int:
-    """Most that a chunk of a prompt holds at once: in the MLP, four residual-wide and three inner-wide tensors."""
+    """Most that a chunk of a prompt holds at once, which is inside the MLP.
+
+    Per token: three tensors as wide as the MLP; residual, its gathered part, h, norm and result; queries and
+    attention's output; keys and values; cos and sin twice. Then the logits of one token, float32.
+    """
     inner: int = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return int(min(context, CHUNK) * (4 * config.hidden_size + 3 * inner) * itemsize + 4 * config.vocab_size)
+    head = shape.attention_width // config.num_attention_heads
+    wide = 3 * inner + 5 * config.hidden_size + 2 * shape.attention_width + shape.entry_width + 4 * head
+    return int(min(context, CHUNK) * wide * itemsize + 4 * config.vocab_size)
 
 
 def growth_bytes(shape: ModelShape, context: int, itemsize: int) -> int:
@@ -194,7 +202,7 @@ def _cost(
     decode_times = batch * step / device.flops, traffic / device.bandwidth
     return Cost(
         itemsize * weights + router_bytes, kv_bytes(shape, context, batch, load, itemsize),
-        activation_bytes(config, shape, context, itemsize) + growth_bytes(shape, context, itemsize),
+        activation_bytes(config, shape, context, itemsize) + growth_bytes(shape, context, itemsize) + device.scratch,
         prefill, batch * step, traffic, max(prefill_times), max(decode_times),
         (_bound(prefill_times), _bound(decode_times)),
     )
