@@ -39,6 +39,7 @@ class Fast(Executor):
     ) -> None:
         self.model, self.blocks, self.native, self.note = model, blocks, native, note
         self.base, self.anchors = model.model, model.mod_config.anchors
+        self.rounded = (model.device.type, model.dtype) == ("cpu", torch.bfloat16)
         self.routers, self.biases = stacked_routers(blocks, model.config.hidden_size)
         self._project: Any = torch.compile(Block.project, dynamic=True) if compiled else Block.project
         self._finish: Any = torch.compile(Block.finish, dynamic=True) if compiled else Block.finish
@@ -74,15 +75,27 @@ class Fast(Executor):
             return self._run(block, x, columns, rotation, store)
         if not len(chosen):
             return x
-        turned = (rotation[0][chosen], rotation[1][chosen])
-        return x.index_copy_(0, chosen, self._run(block, x[chosen], columns[chosen], turned, store))
+        count, places = len(chosen), columns[chosen]
+        filled = F.pad(chosen, (0, -count % self._step(count)))
+        turned = (rotation[0][filled], rotation[1][filled])
+        return x.index_copy_(0, chosen, self._run(block, x[filled], places, turned, store)[:count])
 
     def _run(self, block: Block, x: Tensor, columns: Tensor, rotation: Rotation, store: Any) -> Tensor:
-        q, k, v = self._project(block, x, rotation)
+        """A layer on x [N, W]; tokens beyond the given columns are fillers, whose results mean nothing."""
+        q, k, v = (part[:, : len(columns)] for part in self._project(block, x, rotation))
         keys, values = store.add(k, v, columns)
         places = None if block.window is None else store.row_columns()
-        out: Tensor = self._finish(block, x, attend(q, keys, values, places, block.window))
+        mixed = attend(q, keys, values, places, block.window)
+        out: Tensor = self._finish(block, x, F.pad(mixed, (0, 0, 0, len(x) - len(columns))))
         return out
+
+    def _step(self, count: int) -> int:
+        """Routed tokens of a chunk are filled up to a multiple of this: at most an eighth more.
+
+        On a CPU, bf16 products are compiled for every number of rows that occurs, and kept, which comes to hundreds
+        of MB over a long prompt; so few numbers should occur.
+        """
+        return 1 << max(0, count.bit_length() - 4) if self.rounded else 1
 
     def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[float]) -> Pass:
         if self.native is not None:
