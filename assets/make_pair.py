@@ -57,7 +57,7 @@ def make_pair(text: Path, name: str, work: Path, parent_tokens: int, mod_tokens:
 
 def _convert(text: Path, parent: Path, tokenizer: Any, held_out: np.ndarray, out: Path, tokens: int) -> None:
     bf16 = torch.cpu._is_avx512_bf16_supported()
-    recipe = AnyP(tokens=tokens, block=512, batch=4, lr=1e-3, dense_share=0.25, bf16=bf16)
+    recipe = AnyP(tokens=tokens, block=512, batch=4, lr=1e-3, bf16=bf16)
     documents = list(read_documents(text, tokenizer, "train"))
     np.random.default_rng(1).shuffle(documents)
     blocks = pack(documents, recipe.block, tokens)
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--name", default="Llama-Storyteller-10M")
     parser.add_argument("--work", type=Path, default=Path("runs/storyteller"))
     parser.add_argument("--parent-tokens", type=int, default=TOKENS)
-    parser.add_argument("--mod-tokens", type=int, default=600_000)
+    parser.add_argument("--mod-tokens", type=int, default=3_000_000)
     arguments = parser.parse_args()
     make_pair(arguments.text, arguments.name, arguments.work, arguments.parent_tokens, arguments.mod_tokens)
 

@@ -105,27 +105,28 @@ class Fast(Executor):
         columns = torch.tensor(places, device=device)
         x = self.base.embed_tokens(torch.tensor(tokens, device=device))
         rotation = self._rotation(x, columns)
-        ahead = self._score(x).tolist()
+        ahead: list[list[float]] | None = None  # every router's gates for x as it is, [B, M]
         scores, routed = np.empty((len(self.routers), len(tokens)), np.float32), list[list[bool]]()
         for index, block in enumerate(self.blocks):
             rows = list(range(len(tokens)))
             if block.router is not None:
                 at = len(routed)
+                ahead = self._score(x).tolist() if ahead is None else ahead  # the one host synchronisation
                 scores[at] = [gates[at] for gates in ahead]
                 runs = [bool(scores[at, row] >= p[row]) or places[row] < self.anchors for row in rows]
                 routed.append(runs)
                 rows = [row for row in rows if runs[row]]
             if rows:
-                x, ahead = self._decode_layer(index, x, rows, columns, rotation, caches, ahead)
+                x, ahead = self._decode_layer(index, x, rows, columns, rotation, caches), None
         for cache in caches:
             cache.advance_all(1)
         return Pass(self._head(x), scores, np.array(routed, bool).reshape(scores.shape))
 
     def _decode_layer(
         self, index: int, x: Tensor, rows: list[int], columns: Tensor, rotation: Rotation,
-        caches: Sequence[RaggedCache], ahead: list[list[float]],
-    ) -> tuple[Tensor, list[list[float]]]:
-        """The rows given through one layer, each over its own cache; one host synchronisation, for their scores."""
+        caches: Sequence[RaggedCache],
+    ) -> Tensor:
+        """x [B, W] with the rows given run through one layer, each over its own cache."""
         block, where = self.blocks[index], torch.tensor(rows, device=x.device)
         q, k, v = self._project(block, x[where], (rotation[0][where], rotation[1][where]))
         mixed = []
@@ -134,10 +135,7 @@ class Fast(Executor):
             keys, values = store.add(k[:, one], v[:, one], columns[row : row + 1])
             places = None if block.window is None else store.row_columns()
             mixed.append(attend(q[:, one], keys, values, places, block.window))
-        y = self._finish(block, x[where], torch.cat(mixed))
-        for row, gates in zip(rows, self._score(y).tolist(), strict=True):
-            ahead[row] = gates
-        return x.index_copy(0, where, y), ahead
+        return x.index_copy(0, where, self._finish(block, x[where], torch.cat(mixed)))
 
     def _score(self, x: Tensor) -> Tensor:
         """Gates of all routers for x [B, W]: [B, M]."""
