@@ -47,7 +47,7 @@ READING = """
 def settings(name: str) -> Iterator[tuple[str, int, float, Estimate]]:
     """Every combination for one model, on peaks of as many devices as it needs."""
     one, count = devices()[DEVICE], MODELS[name]
-    device = type(one)(one.flops * count, one.bandwidth * count, one.memory * count)
+    device = type(one)(one.flops * count, one.flops32 * count, one.bandwidth * count, one.memory * count)
     for rule in RULES:
         for context in CONTEXTS:
             for load in LOADS:

@@ -7,6 +7,7 @@ Layers with a sliding window drop what has left it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -286,6 +287,7 @@ class RaggedCache(Cache):
 
     Attributes:
         tokens: ids of the row that an executor has put in; empty when the cache was filled by the model's forward.
+        owner: the model that made it.
     """
 
     def __init__(self, windows: Sequence[int | None], mod_layers: Iterable[int], entry_bytes: int) -> None:
@@ -296,6 +298,7 @@ class RaggedCache(Cache):
         self.entry_bytes = entry_bytes
         self.windows = tuple(windows)
         self.tokens: list[int] = []
+        self.owner: weakref.ref[Any] | None = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; their number is given as a negative one. All layers, or none if one can't."""

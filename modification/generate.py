@@ -56,11 +56,11 @@ def generate(
     """
     _check_model(model)
     stream = Stream(
-        _prompt(model, input_ids, max_new_tokens), model.new_cache() if cache is None else _own(cache),
+        _prompt(model, input_ids, max_new_tokens), model.new_cache() if cache is None else _own(model, cache),
         p if callable(p) else _constant(p), max_new_tokens, Sampler(temperature, top_p, top_k, seed, model.device),
         frozenset(_end_tokens(model) if stop is None else stop),
     )
-    return (step for _, step in _run(executor_of(model), [stream], keep=cache is not None))
+    return (step for _, step in run(executor_of(model), [stream], keep=cache is not None))
 
 
 def generate_batch(
@@ -100,7 +100,7 @@ def generate_batch(
         )
         for prompt, dial in zip(prompts, dials, strict=True)
     ]
-    return _run(executor_of(model), streams, keep=False)
+    return run(executor_of(model), streams, keep=False)
 
 
 class Sampler:
@@ -153,9 +153,13 @@ class Stream:
         self.logits: Tensor | None = None
         self.token, self.logprob = -1, float("nan")
 
-    def prefill(self, executor: Executor) -> Step:
+    def threshold(self) -> float:
+        """p as it is now."""
+        return check_threshold(self.read_p())
+
+    def prefill(self, executor: Executor, p: float) -> Step:
         """Run what the cache doesn't hold of the prompt."""
-        start, p = time.perf_counter(), check_threshold(self.read_p())
+        start = time.perf_counter()
         fresh = self.ids[_reusable(self.cache, self.ids.tolist()) :]
         done = executor.prefill(fresh, self.cache, p)
         self.logits = done.logits[0]
@@ -186,34 +190,35 @@ class Stream:
         )
 
 
-def _run(executor: Executor, streams: Sequence[Stream], keep: bool) -> Iterator[tuple[int, Step]]:
-    """Prompts row by row, then all rows that go on, one token each at a time."""
+def run(executor: Executor, streams: Sequence[Stream], keep: bool) -> Iterator[tuple[int, Step]]:
+    """Prompts row by row, then all rows that go on, one token each at a time. ``keep``: leave caches as they are."""
+    whole = True  # false while caches are being written: one that was left half written is of no use
     try:
         for row, stream in enumerate(streams):
-            yield row, stream.prefill(executor)
+            p, whole = stream.threshold(), False
+            step = stream.prefill(executor, p)
+            whole = True
+            yield row, step
         while going := [(row, stream) for row, stream in enumerate(streams) if not stream.ended]:
             start = time.perf_counter()
+            thresholds = [stream.threshold() for _, stream in going]
             tokens = [stream.pick() for _, stream in going]
-            p = [check_threshold(stream.read_p()) for _, stream in going]
-            done = executor.decode(tokens, [stream.cache for _, stream in going], p)
+            whole = False
+            done = executor.decode(tokens, [stream.cache for _, stream in going], thresholds)
+            whole = True
             for at, (row, stream) in enumerate(going):
-                step = stream.accept(done, at, p[at], start)
+                step = stream.accept(done, at, thresholds[at], start)
                 if stream.ended and not keep:
                     stream.cache.reset()
                 yield row, step
-    except Exception:
-        keep = False  # a cache that was written in part is of no use
-        raise
     finally:
-        if not keep:
+        if not (keep and whole):
             for stream in streams:
                 stream.cache.reset()
 
 
 def _reusable(cache: RaggedCache, ids: list[int]) -> int:
     """Prompt tokens that the cache holds already; it is cut back to them. The last token always runs anew."""
-    if len(cache.tokens) != cache.get_seq_length():
-        raise ValueError("the cache was filled by another call: give one that model.new_cache() made")
     same = 0
     for held, given in zip(cache.tokens, ids[:-1], strict=False):
         if held != given:
@@ -254,9 +259,14 @@ def _check_model(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} is not a MoD model: convert(model) first, or load() it")
 
 
-def _own(cache: object) -> RaggedCache:
+def _own(model: Any, cache: object) -> RaggedCache:
     check_cache(cache)
     assert isinstance(cache, RaggedCache)
+    entry_bytes = model.new_cache().entry_bytes
+    if cache.owner is None or cache.owner() is not model or cache.entry_bytes != entry_bytes:
+        raise ValueError("the cache belongs to another model, or to this one in another dtype: give model.new_cache()")
+    if len(cache.tokens) != cache.get_seq_length():
+        raise ValueError("the cache was filled by another call: give one that model.new_cache() made")
     return cache
 
 

@@ -15,7 +15,7 @@ from modification.config import MoDConfig
 from modification.model import PREFIX, MoDModel, convert
 
 Quantization = Literal["4bit", "8bit"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _LOCAL_PREFIXES = (".", "/", "~")
 
 
@@ -52,13 +52,13 @@ def load(
     return as_mod(model), tokenizer
 
 
-def as_mod(model: PreTrainedModel) -> PreTrainedModel:
-    """A MoD model as it is; a dense one converted with default settings and the same fresh routers each time."""
+def as_mod(model: PreTrainedModel, layers: Any = "inner") -> PreTrainedModel:
+    """A MoD model as it is; a dense one converted, with the same fresh routers each time."""
     if isinstance(model, MoDModel):
         return model
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return convert(model, MoDConfig())
+        return convert(model, MoDConfig(layers=layers))
 
 
 def load_dense_or_mod(
@@ -80,7 +80,7 @@ def load_dense_or_mod(
         model = AutoModelForCausalLM.from_pretrained(source, **options, **weights)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # whatever a damaged or hostile folder makes the readers raise
-        raise LoadError(f"{path_or_hub_id} could not be loaded: {_first_line(error)}") from error
+        raise LoadError(f"{path_or_hub_id} could not be loaded: {first_line(error)}") from error
     model.eval()
     if quantization is not None:
         _try_quantized(model, quantization)
@@ -94,7 +94,7 @@ def _try_quantized(model: Any, quantization: str) -> None:
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     except Exception as error:
         raise LoadError(
-            f"{quantization} weights of this model can't run on {model.device.type} ({_first_line(error)}): "
+            f"{quantization} weights of this model can't run on {model.device.type} ({first_line(error)}): "
             "choose another quantization, or none"
         ) from error
 
@@ -121,7 +121,7 @@ def resolve(path_or_hub_id: str | Path) -> str:
     if folder.is_dir():
         check_folder(folder)
         return str(folder)
-    if text.startswith(_LOCAL_PREFIXES) or not _HUB_ID.fullmatch(text):
+    if text.startswith(_LOCAL_PREFIXES) or not HUB_ID.fullmatch(text):
         raise LoadError(f"{text!r} is neither a folder here nor a Hub id of the form owner/name")
     return text
 
@@ -169,5 +169,6 @@ def _quantization(bits: str) -> Any:
     raise LoadError(f"quantization={bits!r}: expected '4bit', '8bit' or None")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What to show of an error that a library raised."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

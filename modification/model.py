@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,9 @@ class MoDModel(PreTrainedModel, GenerationMixin):
 
     def new_cache(self) -> RaggedCache:
         """An empty cache for this model; belongs to one generation."""
-        return RaggedCache(self.windows, self.mod_layers, entry_bytes(self.config, self.dtype))
+        cache = RaggedCache(self.windows, self.mod_layers, entry_bytes(self.config, self.dtype))
+        cache.owner = weakref.ref(self)
+        return cache
 
     def forward(
         self,

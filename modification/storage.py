@@ -55,10 +55,7 @@ class Buffer:
             return
         length = self.length
         needed = length + count
-        if self._keys is None:
-            self._resize(needed, like)
-        else:
-            self._resize(needed + needed // SPARE, self._keys)
+        self._resize(needed + needed // SPARE, like if self._keys is None else self._keys)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add entries [..., H, n, D]."""
@@ -125,9 +122,17 @@ def _room(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """An empty tensor. Large ones on a CPU are mapped: replaced by a larger one, they go back to the system whole,
     where malloc would keep a hole that is too small for any later one."""
     size = math.prod(shape) * like.itemsize
-    if like.device.type != "cpu" or size < MAPPED:
-        return like.new_empty(shape)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(shape)
+    with torch.inference_mode(False):  # so that the model's forward may go on with a cache that an executor filled
+        if like.device.type != "cpu" or size < MAPPED:
+            return torch.empty(shape, dtype=like.dtype, device=like.device)
+        return torch.frombuffer(_mapping(size), dtype=like.dtype).view(shape)
+
+
+def _mapping(size: int) -> mmap.mmap:
+    """Memory of this process alone, where the system knows the difference."""
+    if hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size)
 
 
 class Row(Buffer):
@@ -174,7 +179,8 @@ class Row(Buffer):
         return stored, allocated + self._columns.nbytes
 
     def _resize(self, capacity: int, like: Tensor) -> None:
-        fresh = torch.empty(capacity, dtype=torch.int32, device=like.device)
+        with torch.inference_mode(False):
+            fresh = torch.empty(capacity, dtype=torch.int32, device=like.device)
         fresh[: self.length] = self.columns
         super()._resize(capacity, like)
         self._set_columns(fresh)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
-from builders import TOLERANCE, assert_close, dense_model, mod_model, routers, safe_threshold, save_folder, tokens
+from builders import REPO, TOLERANCE, assert_close, dense_model, mod_model, routers, safe_threshold, save_folder, tokens
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from modification import MoDConfig, RaggedCache, generate, generate_batch, load
-from modification.executor import Stock, base, executor_of, native
+from modification.executor import Stock, base, blocks, executor_of, native
 from modification.executor.blocks import blocks_of
 from modification.executor.choose import choose, fast_executor
 from modification.executor.fast import Fast
@@ -28,13 +31,13 @@ every_decoder = pytest.mark.parametrize("decoder", DECODERS)
 
 def fast(model, decoder="native", compiled=False):
     """The fast executor, decoding with the kernels or in torch."""
-    blocks = blocks_of(model)
+    layers = blocks_of(model)
     if decoder == "torch":
-        return Fast(model, blocks, None, "test", compiled)
+        return Fast(model, layers, None, "test", compiled)
     built, why = native.library()
     if built is None:
         pytest.skip(f"no kernels on this machine: {why}")
-    return Fast(model, blocks, NativeDecoder(model, blocks, built), "test")
+    return Fast(model, layers, NativeDecoder(model, layers, built), "test")
 
 
 def run(executor, model, ids, prompt, p, cache=None):
@@ -196,7 +199,8 @@ def test_a_batch_refuses_thresholds_that_do_not_fit(p):
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "gpt2"])
 def test_a_kept_cache_saves_the_prefix(variant):
     """A chat's next turn runs its new tokens alone and goes on as if all had been run."""
-    model, cache = mod_model(variant), mod_model(variant).new_cache()
+    model = mod_model(variant)
+    cache = model.new_cache()
     first = list(generate(model, tokens(1, 9), p=0.4, max_new_tokens=5, cache=cache))
     held = [token for step in first for token in step.tokens.tolist()]
     assert cache.tokens == held
@@ -240,7 +244,14 @@ def test_a_cache_that_another_call_filled_is_refused():
     cache = model.new_cache()
     model(tokens(1, 5), past_key_values=cache)
     with pytest.raises(ValueError, match=r"another call.*new_cache"):
-        next(generate(model, tokens(1, 8), p=0.5, max_new_tokens=2, cache=cache))
+        generate(model, tokens(1, 8), p=0.5, max_new_tokens=2, cache=cache)
+    assert cache.get_seq_length() == 5
+    with pytest.raises(ValueError, match="belongs to another model"):
+        generate(model, tokens(1, 8), p=0.5, max_new_tokens=2, cache=mod_model("llama").new_cache())
+    wide = model.new_cache()
+    model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="in another dtype"):
+        generate(model, tokens(1, 8), p=0.5, max_new_tokens=2, cache=wide)
     with pytest.raises(ValueError, match=r"model.new_cache\(\) makes"):
         generate(model, tokens(1, 8), p=0.5, max_new_tokens=2, cache=object())
 
@@ -264,7 +275,7 @@ def test_hooks_and_training_mode_go_the_stock_way():
     model = mod_model("llama")
     assert executor_of(model).name == "fast"
     handle = model.model.layers[2].register_forward_hook(lambda *args: None)
-    assert "hooks" in choose(model).note
+    assert "hooks" in executor_of(model).note
     handle.remove()
     assert "training" in executor_of(model.train()).note
     assert executor_of(model.eval()).name == "fast"
@@ -308,6 +319,89 @@ def test_a_broken_router_lets_tokens_run():
         assert torch.isfinite(found[0]).all()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_step_empties_a_kept_cache(error, monkeypatch):
+    """Half a step written in some layers must not be taken for a prefix later."""
+    model = mod_model("llama")
+    cache, ids = model.new_cache(), tokens(1, 9)[0].tolist()
+    list(generate(model, ids, p=0.4, max_new_tokens=2, cache=cache))
+    steps = generate(model, [*cache.tokens, 5, 6], p=0.4, max_new_tokens=3, cache=cache)
+
+    def interrupted(*args):
+        raise error
+
+    executor = executor_of(model)
+    monkeypatch.setattr(executor, "_head", interrupted)
+    with pytest.raises(error):
+        next(steps)
+    assert cache.get_seq_length() == 0
+    assert cache.tokens == []
+
+
+def test_a_dial_out_of_bounds_leaves_a_kept_cache_as_it_is():
+    """Nothing was written."""
+    model = mod_model("llama")
+    cache = model.new_cache()
+    list(generate(model, tokens(1, 9), p=0.4, max_new_tokens=2, cache=cache))
+    held = list(cache.tokens)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        next(generate(model, held, p=lambda: 2.0, max_new_tokens=2, cache=cache))
+    assert cache.tokens == held
+
+
+def test_the_models_forward_goes_on_with_a_cache_of_the_executor():
+    """Same tensors, ordinary ones."""
+    model, ids = mod_model("llama"), tokens(1, 12)
+    cache = model.new_cache()
+    executor_of(model).prefill(ids[0, :8], cache, 0.4)
+    rest = model(ids[:, 8:], past_key_values=cache, p=0.4).logits
+    assert_close(rest, model(ids, p=0.4, use_cache=False).logits[:, 8:])
+
+
+def test_scores_at_the_threshold_run_on_every_path():
+    """A gate that rounds to 1 in float32 reaches p = 1."""
+    model, ids = mod_model("llama"), tokens(1, 10)[0]
+    for router in routers(model):
+        router.weight.zero_()
+        router.bias.fill_(20.0)
+    for decoder in DECODERS:
+        assert run(fast(model, decoder), model, ids, 5, 1.0)[2].all()
+
+
+def test_layers_of_unlike_sizes_are_not_given_to_the_kernels():
+    """They count on the config's sizes."""
+    model = mod_model("llama")
+    mlp = model.model.layers[2].mlp
+    for name in ("gate_proj", "up_proj"):
+        getattr(mlp, name).weight = torch.nn.Parameter(getattr(mlp, name).weight[:32].clone())
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :32].clone())
+    executor = executor_of(model)
+    assert "other sizes than the config" in executor.note
+    ids = tokens(1, 10)[0]
+    same(run(executor, model, ids, 5, 0.0), run(Stock(model, "test"), model, ids, 5, 0.0))
+
+
+def test_fewer_threads_than_asked_for_still_do_all_the_work():
+    """OpenMP may give fewer; run in a process of its own, whose limit is one."""
+    script = (
+        "import sys; sys.path[:0] = ['tests', '.']; import torch, test_executor as t; from builders import *\n"
+        "torch.set_grad_enabled(False); model, ids = mod_model('llama'), tokens(1, 60)[0]; torch.set_num_threads(4)\n"
+        "t.same(t.run(t.fast(model), model, ids, 50, 0.0), t.run(t.fast(model, 'torch'), model, ids, 50, 0.0))"
+    )
+    limited = {**os.environ, "OMP_THREAD_LIMIT": "1", "OMP_DYNAMIC": "true"}
+    if native.library()[0] is None:
+        pytest.skip("no compiler on this machine")
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, env=limited, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_lower_right_causal_attention_is_the_chunk_rule():
+    """What a device with fused kernels runs for a chunk over a past."""
+    q, k, v = torch.randn(4, 5, 8), torch.randn(4, 12, 8), torch.randn(4, 12, 8)
+    out = blocks._sdpa(q, k, v, attn_mask=blocks.causal_lower_right(5, 12))
+    assert_close(out.transpose(0, 1).reshape(5, -1), blocks.attend(q, k, v))
+
+
 def test_threads_share_a_model():
     """Four threads, each with its own p, get what each gets alone."""
     model = mod_model("llama")
@@ -347,6 +441,9 @@ def test_without_a_compiler_torch_decodes(fresh_build, monkeypatch):
     monkeypatch.setenv("CXX", "/bin/false")
     executor = choose(mod_model("llama"))
     assert "could not be built" in executor.note
+    native.library.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler --fast")
+    assert "could not be built" in choose(mod_model("llama")).note
     assert len(run(executor, mod_model("llama"), tokens(1, 8)[0], 4, 0.5)[0]) == 5
     assert not list(fresh_build.glob("*.so"))
 

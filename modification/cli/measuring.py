@@ -14,8 +14,8 @@ import torch
 from modification.cli.shared import layers_of, numbers
 from modification.executor import executor_of
 from modification.loading import as_mod, load_dense_or_mod
-from modification.measure.bench import bench, dense_twin, machine, random_pair, table
-from modification.measure.estimate import config_of, devices, estimate, report
+from modification.measure.bench import bench, dense_twin, growth, machine, random_pair, table
+from modification.measure.estimate import config_of, devices, estimate, own_layers, report
 from modification.measure.plots import plot
 from modification.model import MoDModel
 
@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     time.add_argument("--quantization", choices=["4bit", "8bit"], help="bitsandbytes weights; routers stay as they are")
     time.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     time.add_argument("--no-stock", action="store_true", help="leave transformers' generate out (long contexts)")
-    time.add_argument("--overheads", action="store_true", help="also: no routers; streamed with a trace")
+    time.add_argument("--overheads", action="store_true", help="also: no routers; no trace or stream")
     time.add_argument("--json", type=Path, help="also write the results there")
     time.add_argument("--plots", type=Path, help="folder for plots (HTML)")
     time.set_defaults(run=_bench)
@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
     guess.add_argument("--context", type=int, default=4096, help="tokens per row (default: %(default)s)")
     guess.add_argument("--batch", type=int, default=1, help="rows (default: %(default)s)")
     guess.add_argument("--load", type=float, default=0.5, help="of the MoD layers (default: %(default)s)")
-    guess.add_argument("--layers", default="inner", help="inner, interleaved or indices (default: %(default)s)")
+    guess.add_argument("--layers", help="inner, interleaved or indices (default: the MoD model's own, or inner)")
     guess.add_argument("--dtype", choices=_DTYPES, default="bf16", help="default: %(default)s")
     guess.add_argument("--device", choices=devices(), default="h200", help="default: %(default)s")
     guess.add_argument("--new-tokens", type=int, default=512, help="for the whole request (default: %(default)s)")
@@ -57,6 +57,9 @@ def add(commands: Any) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    for path in (arguments.json and arguments.json.parent, arguments.plots):
+        if path:  # told now, not after the measuring
+            path.mkdir(parents=True, exist_ok=True)
     parent, model = _pair(arguments)
     note = executor_of(model).note
     print(f"{machine(model.device)}; {model.dtype}; {note}", flush=True)
@@ -68,16 +71,17 @@ def _bench(arguments: argparse.Namespace) -> None:
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(table(results))
-    if arguments.plots:
-        print("plots:", *plot(results, arguments.plots))
+    print(*growth(results), sep="\n")
     line = json.dumps({
         "command": "bench", "model": arguments.model or arguments.random, "machine": machine(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "quantization": arguments.quantization, "executor": note,
         "rounds": arguments.rounds, "results": [dataclasses.asdict(result) for result in results],
     })
+    print(line, flush=True)
     if arguments.json:
         arguments.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    if arguments.plots:
+        print("plots:", *plot(results, arguments.plots), file=sys.stderr)
 
 
 def _pair(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -92,7 +96,7 @@ def _pair(arguments: argparse.Namespace) -> tuple[Any, Any]:
         pair = random_pair(config_of(arguments.random), dtype or torch.float32, layers_of(arguments.layers))
         return pair[0].to(device), pair[1].to(device)
     options = {"dtype": dtype, "quantization": arguments.quantization, "device_map": {"": device}}
-    model: Any = as_mod(load_dense_or_mod(arguments.model, **options)[0])
+    model: Any = as_mod(load_dense_or_mod(arguments.model, **options)[0], layers_of(arguments.layers))
     if arguments.dense:
         parent = load_dense_or_mod(arguments.dense, **options)[0]
         if isinstance(parent, MoDModel):
@@ -111,9 +115,11 @@ def _device(name: str | None) -> str:
 
 
 def _estimate(arguments: argparse.Namespace) -> None:
+    config = config_of(arguments.model)
+    layers = layers_of(arguments.layers) if arguments.layers else own_layers(config)
     found = estimate(
-        config_of(arguments.model), context=arguments.context, batch=arguments.batch, load=arguments.load,
-        dtype=_DTYPES[arguments.dtype], layers=layers_of(arguments.layers), device=devices()[arguments.device],
+        config, context=arguments.context, batch=arguments.batch, load=arguments.load,
+        dtype=_DTYPES[arguments.dtype], layers=layers, device=devices()[arguments.device],
     )
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(found), "speed_up": found.speed_up(arguments.new_tokens)}))

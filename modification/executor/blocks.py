@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, [N, D]
 
@@ -77,24 +78,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, windo
         columns: [K], needed with a ``window``.
     """
     tokens, keys = q.shape[1], k.shape[1]
-    if window is not None and columns is not None and int(columns[-1] - columns[0]) >= window:
+    on_cpu = q.device.type == "cpu"  # elsewhere asking for a column would wait for the device
+    if window is not None and columns is not None and (not on_cpu or int(columns[-1] - columns[0]) >= window):
         distance = columns[-tokens:, None] - columns[None]
         out = _sdpa(q, k, v, attn_mask=(distance >= 0) & (distance < window))
     elif tokens == 1:
         out = _lone(q, k, v)
     elif tokens == keys:
         out = _sdpa(q, k, v, is_causal=True)
-    elif q.device.type == "cpu":
+    elif on_cpu:
         out = _over_past(q, k, v)
     else:
-        place = torch.arange(keys, device=q.device)
-        out = _sdpa(q, k, v, attn_mask=place <= place[-tokens:, None])
+        out = _sdpa(q, k, v, attn_mask=causal_lower_right(tokens, keys))
     return out.transpose(0, 1).reshape(tokens, -1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     group = q.shape[0] // k.shape[0]
-    if group > 1:  # CPU kernels want as many key heads as query heads
+    if group > 1 and q.device.type != "cpu":
+        options["enable_gqa"] = True
+    elif group > 1:  # CPU kernels want as many key heads as query heads
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     return F.scaled_dot_product_attention(q[None], k[None], v[None], **options)[0]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import torch
@@ -78,27 +80,32 @@ def disagreement(model: Any, fast: Executor) -> float:
     """Largest difference between the two paths' logits at p = 0, over the largest logit: prefill and decode."""
     length = min(PROBE, getattr(model.config, "max_position_embeddings", None) or PROBE)
     ids = torch.arange(length, device=model.device) % model.config.vocab_size
-    worst = 0.0
+    differences = []
     with torch.inference_mode():
         logits = model(input_ids=ids[None], p=0.0, use_cache=False).logits[0].float()
         scale = max(logits.abs().max().item(), 1e-6)
-        cache, start = model.new_cache(), max(1, length - 4)
-        for at in range(start, length + 1):
-            if at == start:
-                found = fast.prefill(ids[:at], cache, 0.0)
+        cache = model.new_cache()
+        for first, end in _pieces(length):
+            if end - first > 1:
+                found = fast.prefill(ids[first:end], cache, 0.0)
             else:
-                found = fast.decode([int(ids[at - 1])], [cache], [0.0])
-            difference = (found.logits[0].float().to(logits.device) - logits[at - 1]).abs().max().item()
-            worst = difference / scale if not difference / scale <= worst else worst
+                found = fast.decode([int(ids[first])], [cache], [0.0])
+            differences.append((found.logits[0].float() - logits[end - 1]).abs().max().item() / scale)
         cache.reset()
+    worst: float = max(differences, key=lambda value: math.inf if math.isnan(value) else value)
     return worst
 
 
+def _pieces(length: int) -> list[tuple[int, int]]:
+    """A prompt, a second one after it, then single tokens."""
+    bounds = sorted({0, min(12, length), min(20, length), *range(min(20, length), length + 1)})
+    return list(itertools.pairwise(bounds))
+
+
 def _signature(model: Any) -> tuple[Any, ...]:
-    """Changes when weights move, change type, or a router is trained on."""
+    """Changes with the weights' places and types, the modules' classes and hooks, and the routers' content."""
     places = tuple((id(parameter), parameter.data_ptr(), parameter.dtype) for parameter in model.parameters())
-    routers = tuple(
-        parameter._version for name, parameter in model.named_parameters() if ".router." in name
-        if not parameter.is_inference()
-    )
-    return (*places, *routers, model.training, str(model.config.mod))
+    modules = tuple((type(module), _hooked(module)) for module in model.modules())
+    routers = [parameter for name, parameter in model.named_parameters() if ".router." in name]
+    content = hash(torch.cat([part.detach().float().flatten() for part in routers]).cpu().numpy().tobytes())
+    return (*places, *modules, content, model.training, str(model.config.mod))

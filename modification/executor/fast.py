@@ -127,15 +127,18 @@ class Fast(Executor):
         caches: Sequence[RaggedCache],
     ) -> Tensor:
         """x [B, W] with the rows given run through one layer, each over its own cache."""
-        block, where = self.blocks[index], torch.tensor(rows, device=x.device)
-        q, k, v = self._project(block, x[where], (rotation[0][where], rotation[1][where]))
+        block, every = self.blocks[index], len(rows) == len(x)
+        where = None if every else torch.tensor(rows, device=x.device)
+        given, turned = (x, rotation) if every else (x[where], (rotation[0][where], rotation[1][where]))
+        q, k, v = self._project(block, given, turned)
         mixed = []
         for at, row in enumerate(rows):
             one, store = slice(at, at + 1), caches[row].layers[index]
             keys, values = store.add(k[:, one], v[:, one], columns[row : row + 1])
             places = None if block.window is None else store.row_columns()
             mixed.append(attend(q[:, one], keys, values, places, block.window))
-        return x.index_copy(0, where, self._finish(block, x[where], torch.cat(mixed)))
+        y: Tensor = self._finish(block, given, torch.cat(mixed))
+        return y if where is None else x.index_copy(0, where, y)
 
     def _score(self, x: Tensor) -> Tensor:
         """Gates of all routers for x [B, W]: [B, M]."""

@@ -246,9 +246,10 @@ struct Pass {
     int64_t count;
     float* x;
     const float *cosines, *sines;
-    int threads;
+    mutable int threads;  // as many as the system gave, at most those that scratch was made for
     float *normed, *q, *k, *v, *mixed, *inner;  // scratch
-    float* parts;                               // [threads, heads per group, head] of split heads
+    float* parts;                               // [threads, 2, heads per group, head] of split heads
+    float* queries;                             // [threads, heads per group, head]
     Partial* partials;
 
     const T* weight(const void* p) const { return (const T*)p; }
@@ -310,10 +311,10 @@ struct Pass {
                 float* out = mixed + (r * shape.heads + h * group) * shape.head;
                 if (!whole) out = parts + (split.size() + 2 * (size_t)thread) * group * shape.head;
                 Partial* partial = partials + (split.size() + 2 * (size_t)thread) * group;
-                std::vector<float> query(q + (r * shape.heads + h * group) * shape.head,
-                                         q + (r * shape.heads + (h + 1) * group) * shape.head);
+                float* query = queries + thread * group * shape.head;
+                std::copy_n(q + (r * shape.heads + h * group) * shape.head, group * shape.head, query);
                 for (int64_t g = 0; g < group; ++g) {
-                    rotate(query.data() + g * shape.head, weight(layer.q_norm), shape.head, shape.epsilon,
+                    rotate(query + g * shape.head, weight(layer.q_norm), shape.head, shape.epsilon,
                            cosines + row.index * half, sines + row.index * half);
                     partial[g] = {-1e30f, 0};
                 }
@@ -323,7 +324,7 @@ struct Pass {
                 for (int64_t j = from; j < to; j += KEYS)
                     for (int64_t g = 0; g < group; ++g)
                         attend(ks + j * shape.head, vs + j * shape.head, std::min<int64_t>(KEYS, to - j),
-                               query.data() + g * shape.head, shape.head, shape.scale, partial[g], out + g * shape.head);
+                               query + g * shape.head, shape.head, shape.scale, partial[g], out + g * shape.head);
                 if (!whole) { split.push_back(r * shape.kv_heads + h); continue; }
                 for (int64_t g = 0; g < group; ++g)
                     for (int64_t i = 0; i < shape.head; ++i) out[g * shape.head + i] /= partial[g].total;
@@ -393,23 +394,25 @@ void run(const Layer& layer, const Shape& shape, const Row* rows, int64_t count,
     const int64_t nq = shape.heads * shape.head, nk = shape.kv_heads * shape.head;
     const int64_t group = shape.heads / shape.kv_heads;
     const int64_t sizes[] = {threads * count * shape.width, count * nq, count * nk, count * nk, count * nq,
-                             count * shape.inner, 2 * threads * group * shape.head};
+                             count * shape.inner, 2 * threads * group * shape.head, threads * group * shape.head};
     int64_t total = 0;
     for (int64_t size : sizes) total += size;
     if ((int64_t)scratch.size() < total) scratch.resize(total);
     if ((int64_t)partials.size() < 2 * threads * group + group) partials.resize(2 * threads * group + group);
-    float* at[7];
+    float* at[8];
     float* next = scratch.data();
-    for (int i = 0; i < 7; ++i) { at[i] = next; next += sizes[i]; }
+    for (int i = 0; i < 8; ++i) { at[i] = next; next += sizes[i]; }
     std::vector<Row> visible(rows, rows + count);
     for (Row& row : visible) row.start = first_visible(row);
     const Pass<T> pass{layer, shape, visible.data(), count, x, cosines, sines, threads,
-                       at[0], at[1], at[2], at[3], at[4], at[5], at[6], partials.data()};
+                       at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], partials.data()};
     std::vector<std::vector<int64_t>> split(threads);
 
     #pragma omp parallel num_threads(threads)
     {
         const int t = omp_get_thread_num();
+        #pragma omp single
+        pass.threads = omp_get_num_threads();
         pass.project(t);
         #pragma omp barrier
         pass.attention(t, split[t]);
@@ -423,7 +426,7 @@ void run(const Layer& layer, const Shape& shape, const Row* rows, int64_t count,
         pass.add(layer.down, nullptr, pass.inner, shape.inner, t);
         #pragma omp barrier
         for (int64_t r = 0; r < count; ++r)
-            score(shape, routers, biases, x, logits, visible[r].index, share(shape.routers, t, threads));
+            score(shape, routers, biases, x, logits, visible[r].index, share(shape.routers, t, pass.threads));
     }
 }
 
@@ -436,7 +439,8 @@ void project_head(const T* norm, const T* weight, const Shape& shape, const floa
     for (int64_t r = 0; r < count; ++r)
         normalise(x + r * shape.width, norm, shape.width, shape.epsilon, in + r * shape.width);
     #pragma omp parallel num_threads(threads)
-    multiply(weight, (const T*)nullptr, in, count, shape.width, share(vocabulary, omp_get_thread_num(), threads),
+    multiply(weight, (const T*)nullptr, in, count, shape.width, 
+             share(vocabulary, omp_get_thread_num(), omp_get_num_threads()),
              [&](int64_t r, int64_t o, float y) { out[r * vocabulary + o] = y; });
 }
 

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -28,6 +29,7 @@ from modification.cache import RaggedCache
 from modification.executor.base import Pass
 from modification.executor.blocks import Block, stacked_routers
 from modification.routing import OPEN
+from modification.storage import Row
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # Fast maths short of -ffast-math: that one would also change how the whole process treats denormals.
@@ -73,8 +75,10 @@ class NativeDecoder:
     def __init__(self, model: Any, blocks: Sequence[Block], library: ctypes.CDLL) -> None:
         self.model, self.blocks, self.library = model, blocks, library
         config, base = model.config, model.model
-        self.embedding, self.anchors = base.embed_tokens.weight, model.mod_config.anchors
+        self.embedding, self.anchors = base.embed_tokens.weight.detach(), model.mod_config.anchors
         self.layers = [_layer(block) for block in blocks]
+        # Storage must outlive a generation, even if the model is moved or cast meanwhile.
+        self.kept = [weight.detach() for weight in model.parameters()]
         self.routers, self.biases = stacked_routers(blocks, config.hidden_size)
         head, kv_heads = blocks[0].head, config.num_key_value_heads
         self.shape = _Shape(
@@ -82,6 +86,8 @@ class NativeDecoder:
             config.rms_norm_eps, torch.finfo(torch.float32).eps, blocks[0].attention.scaling,
             int(model.dtype == torch.bfloat16),
         )
+        self.head, self.norm = model.lm_head.weight.detach(), base.norm.weight.detach()
+        self.entry_bytes = 2 * kv_heads * head * model.dtype.itemsize
         self.like = torch.empty(kv_heads, 0, head, dtype=model.dtype)
 
     def decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[float]) -> Pass:
@@ -96,12 +102,13 @@ class NativeDecoder:
         self.library.mod_score(shape, *router_pointers, x.data_ptr(), count, ahead)
         everyone, rows = range(count), (_Row * count)()
         fixed = (x.data_ptr(), cosines.data_ptr(), sines.data_ptr(), *router_pointers, ahead, threads)
+        bounds = [_single(value) for value in p]
         scores, routed = list[list[float]](), list[list[bool]]()
         for index, block in enumerate(self.blocks):
             running: Sequence[int] = everyone
             if block.router is not None:
                 gates = [_gate(ahead[row * routers + len(scores)]) for row in everyone]
-                runs = [gates[row] >= p[row] or places[row] < self.anchors for row in everyone]
+                runs = [gates[row] >= bounds[row] or places[row] < self.anchors for row in everyone]
                 scores.append(gates)
                 routed.append(runs)
                 running = [row for row in everyone if runs[row]]
@@ -120,7 +127,9 @@ class NativeDecoder:
 
     def _place(self, row: _Row, store: Any, index: int, column: int, window: int | None) -> None:
         if store.end == store.capacity:
-            store.reserve(1, self.like)
+            store.reserve(1, self.like if isinstance(store, Row) else self.like[None])
+        if store.entry_bytes != self.entry_bytes:
+            raise ValueError("the cache holds keys of another type than the model's: start from model.new_cache()")
         row.keys, row.values, row.columns = store.addresses
         row.capacity, row.start, row.end = store.capacity, store.start, store.end
         row.index, row.column, row.window = index, column, window or 0
@@ -133,10 +142,10 @@ class NativeDecoder:
         return angles.cos() * scaling, angles.sin() * scaling
 
     def _head(self, x: Tensor) -> Tensor:
-        weight = self.model.lm_head.weight
+        weight = self.head
         out = torch.empty(len(x), len(weight))
         self.library.mod_head(
-            self.model.model.norm.weight.data_ptr(), weight.data_ptr(), ctypes.byref(self.shape), x.data_ptr(), len(x),
+            self.norm.data_ptr(), weight.data_ptr(), ctypes.byref(self.shape), x.data_ptr(), len(x),
             len(weight), out.data_ptr(), torch.get_num_threads(),
         )
         return out
@@ -157,19 +166,41 @@ def native_obstacle(model: Any, blocks: Sequence[Block]) -> str | None:
     if model.lm_head.bias is not None or any(part.bias is not None for b in blocks for part in b.mlp.children() if
                                              isinstance(part, nn.Linear)):
         return "biases in the MLP or the head have no CPU kernel"
-    if any(part.weight.dtype != model.dtype or not part.weight.is_contiguous() for part in parts):
+    if type(model.model.embed_tokens) is not nn.Embedding:
+        return "the embedding is not a plain one"
+    tensors = [tensor for part in [*parts, model.model.norm, model.model.embed_tokens] for tensor in part.parameters()]
+    if any(tensor.dtype != model.dtype or not tensor.is_contiguous() for tensor in tensors):
         return "the weights are not all of one type and contiguous"
+    if any(_shapes(block) != _expected(model.config, block) for block in blocks):
+        return "a layer's weights have other sizes than the config says"
     return None
+
+
+def _shapes(block: Block) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(part.weight.shape) for name, part in _modules(block).items() if part is not None}
+
+
+def _expected(config: Any, block: Block) -> dict[str, tuple[int, ...]]:
+    """The sizes that the kernels count on."""
+    width, inner, head = config.hidden_size, config.intermediate_size, block.head
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    sizes: dict[str, tuple[int, ...]] = {
+        "norm": (width,), "q": (queries, width), "k": (keys, width), "v": (keys, width), "o": (width, queries),
+        "mlp_norm": (width,), "gate": (inner, width), "up": (inner, width), "down": (width, inner),
+    }
+    if block.q_norm is not None:
+        sizes |= {"q_norm": (head,), "k_norm": (head,)}
+    return sizes
 
 
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
     """The kernels, or None, and what is to be said about it. Built at first use, then read from a cache."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "")
     if not compiler:
         return None, "no C++ compiler found (g++ or clang++)"
-    path = cache_folder() / f"kernels-{_key(compiler)}.so"
     try:
+        path = cache_folder() / f"kernels-{_key(compiler)}.so"
         if not path.is_file():
             build(compiler, path)
         return _typed(ctypes.CDLL(str(path))), "compiled CPU kernels"
@@ -184,25 +215,25 @@ def cache_folder() -> Path:
     return Path(given) if given else home / "modification"
 
 
-def build(compiler: str, path: Path) -> None:
+def build(compiler: Sequence[str], path: Path) -> None:
     """Compile the kernels to ``path``; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     logging.getLogger("modification").warning("Compiling the CPU kernels, once on this machine (about 10 seconds)...")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         subprocess.run(
-            [compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True,
+            [*compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True,
             timeout=BUILD_SECONDS,
         )
         made.replace(path)
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: Sequence[str]) -> str:
     """Names a build: another source, flag, compiler or processor makes another file."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30).stdout
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=30).stdout
     parts = (SOURCE.read_text(), " ".join(FLAGS), version, platform.machine(), platform.processor(), flags)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -242,7 +273,12 @@ def _gate(logit: float) -> float:
     """sigmoid; NaN opens the gate, as in the router."""
     if math.isnan(logit):
         logit = OPEN
-    return 1.0 / (1.0 + math.exp(-max(logit, -700.0)))
+    return _single(1.0 / (1.0 + math.exp(-max(logit, -700.0))))
+
+
+def _single(value: float) -> float:
+    """Rounded to float32, in which the other paths compare."""
+    return ctypes.c_float(value).value
 
 
 def _reason(error: Exception) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -28,15 +29,14 @@ from modification.measure.speed import (
     alternate,
     median,
     threshold_for,
-    time_dense,
+    time_bare,
     time_engine,
     time_stock,
-    time_stream,
 )
 from modification.model import convert, restore
 
 STOCK, DENSE = "stock generate", "engine, p = 0"
-PLAIN, STREAM = "engine without routers", "engine, p = 0, streamed with its trace"
+PLAIN, BARE = "engine without routers", "engine, p = 0, no trace or stream"
 SCATTER = 2.0  # spread of random routers' logits: scores then cover (0, 1)
 _MB = 1e6
 
@@ -105,7 +105,7 @@ def bench(
         contexts: prompt lengths in tokens.
         loads: of the MoD layers, 0 to 1; p is found for each on the prompt itself.
         stock: whether to time transformers' generate too (slow over long contexts).
-        overheads: whether to time the engine without routers, and streaming with its trace.
+        overheads: whether to time the engine without routers, and without its trace and stream.
         say: told what is being measured.
 
     Raises:
@@ -142,13 +142,12 @@ class Setting:
         for name, threshold in {DENSE: 0.0, **p}.items():
             sides[name] = functools.partial(time_engine, executor, model, work, threshold)
         timings = alternate(sides, rounds)
-        rivals = [name for name in (STOCK, DENSE) if name in timings]
-        best = tuple(min(median(timings[name], part)[0] for name in rivals) for part in ("prefill", "decode"))
+        rivals = [timings[name] for name in (STOCK, DENSE) if name in timings]
         found = []
         for name, rows in timings.items():
             result = _result(self.context, self.batch, name, {DENSE: 0.0, **p}.get(name), rows)
             result = self._foretold(result)
-            found.append(_compared(result, timings[DENSE][0], rows[0], best) if name in p else result)
+            found.append(_compared(result, timings[DENSE][0], rows, rivals) if name in p else result)
         return found
 
     def _dense_sides(self, work: Work) -> dict[str, Callable[[], Timing]]:
@@ -156,8 +155,11 @@ class Setting:
         if self.stock:
             sides[STOCK] = functools.partial(time_stock, self.parent, work)
         if self.overheads and executor_of(self.model).name == "fast":
-            sides[PLAIN] = functools.partial(time_dense, fast_executor(self.model, routed=False), self.model, work)
-            sides[STREAM] = functools.partial(time_stream, self.model, work)
+            plain = fast_executor(self.model, routed=False)
+            sides[PLAIN] = functools.partial(time_bare, plain, self.model, work, 0.0, ())
+        if self.overheads:
+            mod_layers = self.model.mod_layers
+            sides[BARE] = functools.partial(time_bare, executor_of(self.model), self.model, work, 0.0, mod_layers)
         return sides
 
     def _foretold(self, result: Result) -> Result:
@@ -183,12 +185,36 @@ def _result(context: int, batch: int, side: str, p: float | None, timings: list[
     )
 
 
-def _compared(result: Result, dense: Timing, routed: Timing, best: tuple[float, ...]) -> Result:
-    """With speed-up and efficiency over the ``best`` dense seconds of prefill and of a decode step."""
-    ideal = dense.flops / routed.flops, dense.traffic / routed.traffic
-    faster = best[0] / result.prefill_s, best[1] * result.decode_tps / result.batch
+def _compared(result: Result, dense: Timing, routed: list[Timing], rivals: list[list[Timing]]) -> Result:
+    """With speed-up and efficiency over the faster dense side: medians of the ratios within each round."""
+    ideal = dense.flops / routed[0].flops, dense.traffic / routed[0].traffic
+    faster = _faster("prefill", routed, rivals), _faster("decode", routed, rivals)
     efficiency = faster[0] / ideal[0], faster[1] / ideal[1]
     return dataclasses.replace(result, ideal=ideal, speed_up=faster, efficiency=efficiency)
+
+
+def _faster(part: str, routed: list[Timing], rivals: list[list[Timing]]) -> float:
+    """How many times faster than the rival that is faster on the whole."""
+    best = min(rivals, key=lambda rows: median(rows, part)[0])
+    ratios = [getattr(rival, part) / getattr(ours, part) for rival, ours in zip(best, routed, strict=True)]
+    return float(np.median(ratios))
+
+
+def growth(results: Sequence[Result]) -> list[str]:
+    """How decoding slows down with context: seconds per token of context, routed over dense, against the load."""
+    lines = []
+    for batch in sorted({result.batch for result in results}):
+        slopes = {}
+        for side in dict.fromkeys(result.side for result in results):
+            rows = [result for result in results if (result.batch, result.side) == (batch, side)]
+            if len(rows) > 1 and rows[0].p is not None:
+                slopes[side] = np.polyfit([r.context for r in rows], [batch / r.decode_tps for r in rows], 1)[0]
+        lines += [
+            f"batch {batch}: seconds a token of context adds to a decode step, {side} / dense: "
+            f"{slope / slopes[DENSE]:.2f} (measured)"
+            for side, slope in slopes.items() if side != DENSE and slopes[DENSE] > 0
+        ]
+    return lines
 
 
 def machine(device: torch.device) -> str:
@@ -230,6 +256,8 @@ def _pair(values: Sequence[float | None] | None, digits: int = 2) -> str:
 def _check(
     model: Any, contexts: Sequence[int], batches: Sequence[int], loads: Sequence[float], new_tokens: int, rounds: int
 ) -> None:
+    if model.mod_config.kv != "evict":
+        raise ValueError(f"bench counts what eviction saves; this model has kv={model.mod_config.kv!r}")
     counts = {"contexts": contexts, "batch": batches, "new tokens": [new_tokens], "rounds": [rounds]}
     for name, values in counts.items():
         if not values or min(values) < 1:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from modification.config import LayerRule, MoDConfig
 from modification.executor.base import CHUNK
+from modification.loading import HUB_ID, first_line
 from modification.measure.cost import ModelShape, layer_flops
 from modification.measure.presets import preset
 from modification.model import PREFIX
@@ -25,16 +26,18 @@ from modification.storage import SPARE
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Peaks from the maker's data sheet.
+    """Peaks from the maker's data sheet; those of CPU cores were measured on one machine.
 
     Attributes:
         flops: dense 16-bit matrix FLOPs per second.
+        flops32: the same in float32, without rounding to shorter types.
         bandwidth: bytes per second from memory.
         memory: bytes.
         scratch: bytes that the libraries keep for themselves beside tensors; measured on CPUs, not known elsewhere.
     """
 
     flops: float
+    flops32: float
     bandwidth: float
     memory: float
     scratch: int = 0
@@ -43,12 +46,12 @@ class Device:
 def devices() -> dict[str, Device]:
     """Devices by name (data sheets: H200 and H100 SXM, A100 80 GB SXM, L4, RTX 4090; two cores of a server CPU)."""
     return {
-        "h200": Device(989e12, 4.8e12, 141e9),
-        "h100": Device(989e12, 3.35e12, 80e9),
-        "a100": Device(312e12, 2.0e12, 80e9),
-        "l4": Device(121e12, 0.3e12, 24e9),
-        "rtx4090": Device(165e12, 1.008e12, 24e9),
-        "cpu-2-cores": Device(0.25e12, 0.035e12, 16e9, scratch=24_000_000),
+        "h200": Device(989e12, 67e12, 4.8e12, 141e9),
+        "h100": Device(989e12, 67e12, 3.35e12, 80e9),
+        "a100": Device(312e12, 19.5e12, 2.0e12, 80e9),
+        "l4": Device(121e12, 30e12, 0.3e12, 24e9),
+        "rtx4090": Device(165e12, 82e12, 1.008e12, 24e9),
+        "cpu-2-cores": Device(0.3e12, 0.19e12, 0.04e12, 16e9, scratch=24_000_000),
     }
 
 
@@ -95,17 +98,32 @@ class Estimate:
 
 
 def config_of(source: str) -> Any:
-    """The config of a model folder, a config.json, or a preset's name.
+    """The config of a model folder, a config.json, a Hub id (``owner/name``) or a preset's name.
 
     Raises:
         ValueError: none of these, or a kind of model whose cost isn't known here.
     """
     path = Path(source).expanduser()
-    config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False) if path.exists() else preset(source)
+    if path.exists() or HUB_ID.fullmatch(source):
+        config: Any = _read(str(path) if path.exists() else source)
+    else:
+        config = preset(source)
     experts = next((name for name in ("num_experts", "num_local_experts") if getattr(config, name, None)), None)
     if experts:
         raise ValueError(f"{source} is a mixture of experts ({experts} = {getattr(config, experts)}): not estimated")
     return config
+
+
+def own_layers(config: Any) -> Any:
+    """The MoD layers that a converted model's config names; the inner ones of a dense model."""
+    return MoDConfig.from_dict(config.mod).layers if config.model_type.startswith(PREFIX) else "inner"
+
+
+def _read(source: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # whatever a missing or damaged config makes the readers raise
+        raise ValueError(f"{source} has no config that can be read: {first_line(error)}") from error
 
 
 def estimate(
@@ -156,13 +174,13 @@ def report(found: Estimate, new_tokens: int) -> str:
 
 
 def kv_bytes(shape: ModelShape, context: int, batch: int, load: float | None, itemsize: int) -> int:
-    """Keys and values at the full context; for MoD (``load`` given) with half of the buffers' spare room."""
+    """Keys and values at the full context; for MoD (``load`` given) with the buffers' spare room."""
     entry = shape.entry_width * itemsize
     if load is None:
         return batch * context * shape.depth * entry
     routed = len(shape.mod_layers)
     entries = (shape.depth - routed) * context + routed * round(load * context)
-    return round(batch * entries * entry * (1 + 0.5 / SPARE))
+    return round(batch * entries * entry * (1 + 1 / SPARE))
 
 
 def activation_bytes(config: Any, shape: ModelShape, context: int, itemsize: int) -> int:
@@ -198,8 +216,9 @@ def _cost(
     entries = batch * context * (plain + routed * share * share)
     traffic = round(itemsize * (layers_read * shape.layer_weights + shape.head_weights + entries * shape.entry_width))
     router_bytes = 4 * routed * (shape.router_weights + 1)
-    prefill_times = prefill / device.flops, (itemsize * weights + router_bytes) / device.bandwidth
-    decode_times = batch * step / device.flops, traffic / device.bandwidth
+    peak = device.flops if itemsize < 4 else device.flops32
+    prefill_times = prefill / peak, (itemsize * weights + router_bytes) / device.bandwidth
+    decode_times = batch * step / peak, traffic / device.bandwidth
     return Cost(
         itemsize * weights + router_bytes, kv_bytes(shape, context, batch, load, itemsize),
         activation_bytes(config, shape, context, itemsize) + growth_bytes(shape, context, itemsize) + device.scratch,

@@ -1,12 +1,14 @@
 """Speed and memory on the clock and in the allocator: dense and routed alternate inside one run.
 
-A round prefills prompts and decodes given tokens after them, so that every side does the same work whatever
-it would have written; the next token is chosen each time all the same. The dense parent is offered twice, as
-transformers' own ``generate`` and as our engine at p = 0.
+A round prefills prompts and decodes after them, as a user would: through the engine's own stream, with its Steps
+made and read, against transformers' own ``generate``. The engine's next tokens are given, after one was chosen all
+the same, so that a model with random weights doesn't repeat one token and one route. The dense parent is offered
+twice, as stock ``generate`` and as our engine at p = 0.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,12 +22,14 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from modification.cache import RaggedCache
 from modification.executor import Executor
-from modification.generate import generate_batch
+from modification.generate import Sampler, Stream, run
 from modification.measure.cost import ModelShape
 from modification.measure.memory import Peak
+from modification.trace import Step
 
 CALIBRATION_TOKENS = 1024
 CALIBRATION_ROUNDS = 6
+NEAR = 0.01  # a load this near to the one asked for is hit
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,8 @@ class Timing:
     """One round of one side.
 
     Attributes:
-        prefill: seconds until the prompts of all rows were in the cache.
+        prefill: seconds until the prompts of all rows were in the cache; on the stock side with the choice of the
+            first new token, which can't be told apart.
         first_token: seconds until every row's first new token was chosen.
         decode: seconds per decode step (a token of each row).
         peak: bytes of memory above idle at the highest; None where it can't be measured.
@@ -69,99 +74,110 @@ class Work:
         return cls(ids[:, :context], ids[:, context:])
 
 
+class Given(Sampler):
+    """Chooses greedily, then says what it was told to say."""
+
+    def __init__(self, tokens: list[int], device: torch.device) -> None:
+        super().__init__(0.0, 1.0, 0, 0, device)
+        self.tokens, self.first = iter(tokens), 0.0
+
+    def __call__(self, logits: Tensor) -> tuple[int, float]:
+        _, logprob = super().__call__(logits)
+        self.first = self.first or time.perf_counter()
+        return next(self.tokens), logprob
+
+
 def time_engine(executor: Executor, model: Any, work: Work, p: float) -> Timing:
-    """One round of our engine at threshold ``p``."""
-    shape, rows = ModelShape.of(model), len(work.prompts)
-    caches = [model.new_cache() for _ in range(rows)]
-    follow = work.follow.T.tolist()
+    """One round of our engine at threshold ``p``, streamed with its trace."""
+    steps = work.follow.shape[1]
+    rows: list[list[Step]] = [[] for _ in work.prompts]
     with Peak(model.device) as peak:
         start = _now(model.device)
-        done = [executor.prefill(ids, cache, p) for ids, cache in zip(work.prompts, caches, strict=True)]
-        prefilled = _now(model.device)
-        for part in done:
-            part.logits[0].argmax().item()
+        given = [Given(tokens.tolist(), model.device) for tokens in work.follow]
+        streams = [
+            Stream(ids, model.new_cache(), lambda: p, steps, choose, frozenset())
+            for ids, choose in zip(work.prompts, given, strict=True)
+        ]
+        stream = run(executor, streams, keep=True)
+        for row, step in itertools.islice(stream, len(streams)):
+            rows[row].append(step)
         first = _now(model.device)
-        routed = []
-        for tokens in follow:
-            step = executor.decode(tokens, caches, [p] * rows)
-            step.logits.argmax(-1).tolist()
-            routed.append(step.routed)
+        for row, step in stream:
+            rows[row].append(step)
         end = _now(model.device)
-    sizes = [cache.nbytes() for cache in caches]
-    ran = np.stack([part.routed for part in done], axis=1)  # [M, B, T]
+    ran = np.stack([row[0].routed for row in rows], axis=1)  # [M, B, T]
+    routed = np.stack([np.concatenate([row[at].routed for row in rows], axis=1) for at in range(1, steps + 1)])
+    shape = ModelShape.of(model)
     return Timing(
-        prefilled - start, first - start, (end - first) / len(follow), peak.bytes,
-        sum(size.stored for size in sizes), sum(size.allocated for size in sizes),
-        (float(ran.mean()), float(np.mean(routed))),
-        sum(shape.prefill_flops(ran.shape[2], ran[:, row].sum(1).tolist()) for row in range(rows)),
-        _traffic(shape, model, ran, np.array(routed)),
+        first - start, max(choose.first for choose in given) - start, (end - first) / steps, peak.bytes,
+        sum(row[-1].kv_stored for row in rows),
+        sum(row[-1].kv_allocated for row in rows), (float(ran.mean()), float(routed.mean())),
+        sum(shape.prefill_flops(ran.shape[2], ran[:, row].sum(1).tolist()) for row in range(len(rows))),
+        _traffic(shape, model, ran, routed),
     )
 
 
-def time_dense(executor: Executor, model: Any, work: Work) -> Timing:
-    """One round of the engine as the dense parent: an executor without routers, over caches without them."""
+def time_bare(executor: Executor, model: Any, work: Work, p: float, mod_layers: Sequence[int]) -> Timing:
+    """One round of the executor alone: no Steps, no log-probabilities, the likeliest token read and dropped."""
     entry_bytes = model.new_cache().entry_bytes
-    caches = [RaggedCache(model.windows, (), entry_bytes) for _ in work.prompts]
+    caches = [RaggedCache(model.windows, mod_layers, entry_bytes) for _ in work.prompts]
     with Peak(model.device) as peak:
         start = _now(model.device)
         for ids, cache in zip(work.prompts, caches, strict=True):
-            executor.prefill(ids, cache, 0.0)
+            executor.prefill(ids, cache, p)
         first = _now(model.device)
         for tokens in work.follow.T.tolist():
-            executor.decode(tokens, caches, [0.0] * len(caches)).logits.argmax(-1).tolist()
+            executor.decode(tokens, caches, [p] * len(caches)).logits.argmax(-1).tolist()
         end = _now(model.device)
     return Timing(first - start, first - start, (end - first) / work.follow.shape[1], peak.bytes)
 
 
-def time_stream(model: Any, work: Work) -> Timing:
-    """One round through :func:`generate_batch` at p = 0, every Step made and read: trace and stream on."""
-    steps = work.follow.shape[1]
-    with Peak(model.device) as peak:
-        start = _now(model.device)
-        stream = generate_batch(model, list(work.prompts), p=0.0, max_new_tokens=steps, stop=())
-        for _ in work.prompts:
-            next(stream)
-        first = _now(model.device)
-        for _ in stream:
-            pass
-        end = _now(model.device)
-    return Timing(first - start, first - start, (end - first) / steps, peak.bytes)
-
-
 def time_stock(parent: Any, work: Work) -> Timing:
-    """One round of the dense parent under ``transformers.generate``, greedy, with its usual cache."""
+    """One round of the dense parent under ``transformers.generate``, greedy, with its usual cache, ending by length."""
     clock, steps = _Clock(parent.device), work.follow.shape[1]
-    with Peak(parent.device) as peak:
-        start = _now(parent.device)
-        parent.generate(
-            work.prompts, attention_mask=torch.ones_like(work.prompts), max_new_tokens=steps + 1,
-            min_new_tokens=steps + 1, do_sample=False, stopping_criteria=StoppingCriteriaList([clock]),
-        )
+    ends, parent.generation_config.eos_token_id = parent.generation_config.eos_token_id, None
+    try:
+        with Peak(parent.device) as peak:
+            start = _now(parent.device)
+            parent.generate(
+                work.prompts, attention_mask=torch.ones_like(work.prompts), max_new_tokens=steps + 1,
+                do_sample=False, stopping_criteria=StoppingCriteriaList([clock]),
+            )
+    finally:
+        parent.generation_config.eos_token_id = ends
     first = clock.times[0] - start
     return Timing(first, first, (clock.times[-1] - clock.times[0]) / steps, peak.bytes)
 
 
 def threshold_for(load: float, executor: Executor, model: Any, prompt: Tensor) -> float:
-    """The p at which this prompt [T] reaches a load of its MoD layers; by its own scores, a few times over."""
+    """The p at which this prompt [T] reaches a load of its MoD layers: sought on its beginning, then on the whole."""
     if load >= 1:
         return 0.0
-    ids, p, tried = prompt[:CALIBRATION_TOKENS], 0.0, dict[float, float]()
-    for _ in range(CALIBRATION_ROUNDS):
-        cache = model.new_cache()
-        done = executor.prefill(ids, cache, p)
-        cache.reset()
-        tried[p] = abs(float(done.routed.mean()) - load)
-        # A skipped block changes later scores, so the quantile is a fixed point to be found, not a formula.
-        p = float(np.clip(np.quantile(done.scores, 1 - load), 0.0, 1.0))
-    return min(tried, key=lambda value: tried[value])
+    p = 0.0
+    for ids in (prompt[:CALIBRATION_TOKENS], prompt):
+        tried = dict[float, float]()
+        for _ in range(CALIBRATION_ROUNDS if len(ids) <= CALIBRATION_TOKENS else CALIBRATION_ROUNDS // 2):
+            cache = model.new_cache()
+            done = executor.prefill(ids, cache, p)
+            cache.reset()
+            tried[p] = abs(float(done.routed.mean()) - load)
+            if tried[p] <= NEAR:
+                break
+            # A skipped block changes later scores, so the quantile is a fixed point to be found, not a formula.
+            p = float(np.clip(np.quantile(done.scores, 1 - load), 0.0, 1.0))
+        p = min(tried, key=lambda value: tried[value])
+        if len(prompt) <= CALIBRATION_TOKENS:
+            break
+    return p
 
 
 def alternate(sides: dict[str, Callable[[], Timing]], rounds: int) -> dict[str, list[Timing]]:
-    """Rounds in which every side runs once, in turn; a first one warms up and is thrown away."""
+    """Rounds in which every side runs once, a different one first each time; a round to warm up is thrown away."""
     found: dict[str, list[Timing]] = {name: [] for name in sides}
+    names = list(sides)
     for at in range(rounds + 1):
-        for name, side in sides.items():
-            timing = side()
+        for name in names[at % len(names) :] + names[: at % len(names)]:
+            timing = sides[name]()
             if at:
                 found[name].append(timing)
     return found
