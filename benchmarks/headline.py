@@ -32,9 +32,9 @@ other shape.
 READING = """
 ## What follows
 
-- Keys and values can shrink to 1.8x less in interleaved layers only at a load of about 0.11, and the memory in all
-  only where they outweigh the weights: long contexts or many rows. With all inner layers routed, half the load is
-  enough for about 1.8x less of them.
+- In interleaved layers what is stored of keys and values shrinks to 1.8x less only at a load of about 0.11 (the table
+  counts the buffers' spare room too, a sixteenth), and memory in all only where they outweigh the weights: long
+  contexts or many rows. With all inner layers routed, half the load is enough for about 1.8x less stored.
 - Skipping pays twice in decoding over long contexts: a skipped token asks nothing, and leaves nothing to be asked. Load
   x of a layer costs about x of its weights' traffic (for one row) and x squared of its keys' and values'.
 - In a batch a layer's weights are read as soon as one row runs it, so that rows share what is left of the saving:

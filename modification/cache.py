@@ -146,7 +146,7 @@ class GrowingLayer(_Layer):
         return torch.arange(self.floor, self.floor + self.buffer.length, device=self.buffer.keys.device)
 
     def batch_rows(self) -> int:
-        return self.buffer.keys.shape[0] if self.buffer.length else 0
+        return self.buffer.leading if self.buffer.length else 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.buffer.take_rows(indices)
@@ -232,6 +232,8 @@ class RaggedLayer(_Layer):
         self.rows, self.seen, self.floor = [], 0, 0
 
     def nbytes(self) -> tuple[int, int]:
+        if len(self.rows) == 1:
+            return self.rows[0].nbytes()
         sizes = [row.nbytes() for row in self.rows]
         return sum(stored for stored, _ in sizes), sum(allocated for _, allocated in sizes)
 

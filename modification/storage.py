@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 SPARE = 16  # a full buffer grows by one part in this many
-MAPPED = 1 << 18  # bytes from which a CPU buffer is mapped
+_COLUMN_BYTES = 4
+MAPPED = 1 << 12  # bytes from which a CPU buffer is mapped
 
 
 class Buffer:
     """Keys and values [..., H, n, D] of one row or batch; ``start`` to ``end`` of the room is in use."""
 
     def __init__(self) -> None:
-        self.start = self.end = self.capacity = 0
+        self.start = self.end = self.capacity = self.leading = 0
         self.entry_bytes = 0  # of the keys and values at one place, over all leading dimensions
         self._addresses: tuple[int, int, int | None] = (0, 0, None)
         self._keys: Tensor | None = None
@@ -103,7 +104,7 @@ class Buffer:
         shape = (*like.shape[:-2], capacity, like.shape[-1])
         for name in ("_keys", "_values"):  # one after the other, so that only one old buffer is alive meanwhile
             old: Tensor | None = getattr(self, name)
-            fresh = _room(shape, like)
+            fresh = _room(shape, like.dtype, like.device)
             if old is not None:
                 fresh[..., :length, :] = old[..., self.start : self.end, :]
             setattr(self, name, fresh)
@@ -113,19 +114,19 @@ class Buffer:
     def _measure(self) -> None:
         assert self._keys is not None
         assert self._values is not None
-        self.capacity = self._keys.shape[-2]
+        self.capacity, self.leading = self._keys.shape[-2], self._keys.shape[0]
         self.entry_bytes = (self._keys.nbytes + self._values.nbytes) // max(1, self.capacity)
         self._addresses = self._keys.data_ptr(), self._values.data_ptr(), None
 
 
-def _room(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An empty tensor. Large ones on a CPU are mapped: replaced by a larger one, they go back to the system whole,
-    where malloc would keep a hole that is too small for any later one."""
-    size = math.prod(shape) * like.itemsize
+def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty tensor. On a CPU all but the smallest are mapped: what lives as long as a cache would otherwise lie
+    scattered between short-lived tensors, and keep malloc from using their room again."""
+    size = math.prod(shape) * dtype.itemsize
     with torch.inference_mode(False):  # so that the model's forward may go on with a cache that an executor filled
-        if like.device.type != "cpu" or size < MAPPED:
-            return torch.empty(shape, dtype=like.dtype, device=like.device)
-        return torch.frombuffer(_mapping(size), dtype=like.dtype).view(shape)
+        if device.type != "cpu" or size < MAPPED:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.frombuffer(_mapping(size), dtype=dtype).view(shape)
 
 
 def _mapping(size: int) -> mmap.mmap:
@@ -176,11 +177,10 @@ class Row(Buffer):
 
     def nbytes(self) -> tuple[int, int]:
         stored, allocated = super().nbytes()
-        return stored, allocated + self._columns.nbytes
+        return stored, allocated + _COLUMN_BYTES * self.capacity
 
     def _resize(self, capacity: int, like: Tensor) -> None:
-        with torch.inference_mode(False):
-            fresh = torch.empty(capacity, dtype=torch.int32, device=like.device)
+        fresh = _room((capacity,), torch.int32, like.device)
         fresh[: self.length] = self.columns
         super()._resize(capacity, like)
         self._set_columns(fresh)

@@ -49,11 +49,11 @@ class Fast(Executor):
         columns = torch.arange(past, past + len(ids), device=ids.device)
         x = self.base.embed_tokens(ids)
         rotation = self._rotation(x, columns)
-        scores, routed = [], []
+        scores, routed = list[Tensor](), list[Tensor]()
         for index, block in enumerate(self.blocks):
             chosen = None
             if block.router is not None:
-                gate = torch.sigmoid(block.router(x[None])[0])
+                gate = self._score(x, slice(len(scores), len(scores) + 1))[:, 0]
                 run = (gate >= p) | (columns < self.anchors)
                 scores.append(gate)
                 routed.append(run)
@@ -140,9 +140,12 @@ class Fast(Executor):
         y: Tensor = self._finish(block, given, torch.cat(mixed))
         return y if where is None else x.index_copy(0, where, y)
 
-    def _score(self, x: Tensor) -> Tensor:
-        """Gates of all routers for x [B, W]: [B, M]."""
-        logits = F.linear(F.rms_norm(x.float(), x.shape[-1:]), self.routers, self.biases)
+    def _score(self, x: Tensor, which: slice = slice(None)) -> Tensor:
+        """Gates of all routers, or of some, for x [N, W]: [N, M]. Normalised after the product, which is narrower."""
+        wide = x.float()
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
+        scale = torch.rsqrt(square + torch.finfo(torch.float32).eps)
+        logits = F.linear(wide, self.routers[which]) * scale + self.biases[which]
         return torch.sigmoid(torch.nan_to_num(logits, nan=OPEN))
 
     def _head(self, x: Tensor) -> Tensor:

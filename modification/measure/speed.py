@@ -8,6 +8,7 @@ twice, as stock ``generate`` and as our engine at p = 0.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,6 @@ from modification.measure.memory import Peak
 from modification.trace import Step
 
 CALIBRATION_TOKENS = 1024
-CALIBRATION_ROUNDS = 6
 NEAR = 0.01  # a load this near to the one asked for is hit
 
 
@@ -153,22 +153,29 @@ def threshold_for(load: float, executor: Executor, model: Any, prompt: Tensor) -
     """The p at which this prompt [T] reaches a load of its MoD layers: sought on its beginning, then on the whole."""
     if load >= 1:
         return 0.0
-    p = 0.0
-    for ids in (prompt[:CALIBRATION_TOKENS], prompt):
-        tried = dict[float, float]()
-        for _ in range(CALIBRATION_ROUNDS if len(ids) <= CALIBRATION_TOKENS else CALIBRATION_ROUNDS // 2):
-            cache = model.new_cache()
-            done = executor.prefill(ids, cache, p)
-            cache.reset()
-            tried[p] = abs(float(done.routed.mean()) - load)
-            if tried[p] <= NEAR:
-                break
-            # A skipped block changes later scores, so the quantile is a fixed point to be found, not a formula.
-            p = float(np.clip(np.quantile(done.scores, 1 - load), 0.0, 1.0))
-        p = min(tried, key=lambda value: tried[value])
-        if len(prompt) <= CALIBRATION_TOKENS:
-            break
+
+    def miss(p: float, ids: Tensor) -> float:
+        cache = model.new_cache()
+        ran = executor.prefill(ids, cache, p).routed
+        cache.reset()
+        return float(ran.mean()) - load
+
+    p = _bisect(functools.partial(miss, ids=prompt[:CALIBRATION_TOKENS]), 0.0, 1.0, 12)
+    if len(prompt) > CALIBRATION_TOKENS and abs(miss(p, prompt)) > NEAR:
+        p = _bisect(functools.partial(miss, ids=prompt), max(0.0, p - 0.1), min(1.0, p + 0.1), 4)
     return p
+
+
+def _bisect(miss: Callable[[float], float], low: float, high: float, steps: int) -> float:
+    """The p that was tried with the least miss; load falls with p, near enough."""
+    tried = dict[float, float]()
+    for _ in range(steps):
+        p = (low + high) / 2
+        tried[p] = miss(p)
+        if abs(tried[p]) <= NEAR:
+            break
+        low, high = (p, high) if tried[p] > 0 else (low, p)
+    return min(tried, key=lambda value: abs(tried[value]))
 
 
 def alternate(sides: dict[str, Callable[[], Timing]], rounds: int) -> dict[str, list[Timing]]:
