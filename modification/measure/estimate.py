@@ -33,14 +33,12 @@ class Device:
         flops32: the same in float32, without rounding to shorter types.
         bandwidth: bytes per second from memory.
         memory: bytes.
-        scratch: bytes that the libraries keep for themselves beside tensors; measured on CPUs, not known elsewhere.
     """
 
     flops: float
     flops32: float
     bandwidth: float
     memory: float
-    scratch: int = 0
 
 
 def devices() -> dict[str, Device]:
@@ -51,7 +49,7 @@ def devices() -> dict[str, Device]:
         "a100": Device(312e12, 19.5e12, 2.0e12, 80e9),
         "l4": Device(121e12, 30e12, 0.3e12, 24e9),
         "rtx4090": Device(165e12, 82e12, 1.008e12, 24e9),
-        "cpu-2-cores": Device(0.3e12, 0.19e12, 0.04e12, 16e9, scratch=24_000_000),
+        "cpu-2-cores": Device(0.3e12, 0.19e12, 0.04e12, 16e9),
     }
 
 
@@ -221,7 +219,7 @@ def _cost(
     decode_times = batch * step / peak, traffic / device.bandwidth
     return Cost(
         itemsize * weights + router_bytes, kv_bytes(shape, context, batch, load, itemsize),
-        activation_bytes(config, shape, context, itemsize) + growth_bytes(shape, context, itemsize) + device.scratch,
+        activation_bytes(config, shape, context, itemsize) + growth_bytes(shape, context, itemsize),
         prefill, batch * step, traffic, max(prefill_times), max(decode_times),
         (_bound(prefill_times), _bound(decode_times)),
     )
