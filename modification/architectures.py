@@ -49,8 +49,13 @@ def _rotated(keys: Tensor, position: Position) -> Tensor:
         return keys
     cos, sin = (part.unsqueeze(1) for part in position)
     turned, rest = keys[..., : cos.shape[-1]], keys[..., cos.shape[-1] :]
-    left, right = turned.chunk(2, dim=-1)
-    return torch.cat((turned * cos + torch.cat((-right, left), dim=-1) * sin, rest), dim=-1)
+    return torch.cat((rotate(turned, cos, sin), rest), dim=-1)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in its rotate-half form; heads [..., D], cos and sin that broadcast to it."""
+    left, right = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 def _never(layer: Any) -> bool:
@@ -180,5 +185,9 @@ def window_of(config: Any, layer: int) -> int | None:
 def entry_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values in one layer."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * heads * width * dtype.itemsize)
+    return int(2 * heads * head_width(config) * dtype.itemsize)
+
+
+def head_width(config: Any) -> int:
+    """Width of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modification.architectures import entry_bytes
 from modification.cache import RaggedCache
 from modification.config import check_threshold
 from modification.executor import Executor, Pass, executor_of
@@ -262,8 +263,8 @@ def _check_model(model: Any) -> None:
 def _own(model: Any, cache: object) -> RaggedCache:
     check_cache(cache)
     assert isinstance(cache, RaggedCache)
-    entry_bytes = model.new_cache().entry_bytes
-    if cache.owner is None or cache.owner() is not model or cache.entry_bytes != entry_bytes:
+    size = entry_bytes(model.config, model.dtype)
+    if cache.owner is None or cache.owner() is not model or cache.entry_bytes != size:
         raise ValueError("the cache belongs to another model, or to this one in another dtype: give model.new_cache()")
     if len(cache.tokens) != cache.get_seq_length():
         raise ValueError("the cache was filled by another call: give one that model.new_cache() made")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -16,6 +15,7 @@ from benchmarks.peers.files import DTYPES
 from benchmarks.peers.gather import gather
 from benchmarks.peers.host import cores, first_line, say
 from benchmarks.peers.measure import Row, measure, report, summarise, table
+from modification.cli.shared import numbers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,8 +53,8 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Path | None]:
     if unknown := set(names) - {"llamacpp", "ort"}:
         raise ValueError(f"--engines {','.join(sorted(unknown))}: expected llamacpp, ort or both")
     settings = Settings(
-        asked.folder, numbers("--contexts", asked.contexts, int, "512,2048"), asked.new_tokens, asked.rounds,
-        asked.threads, names, tuple(dict.fromkeys((1.0, *numbers("--load", asked.load, float, "0.5,0.25")))),
+        asked.folder, tuple(numbers("--contexts", asked.contexts, int)), asked.new_tokens, asked.rounds,
+        asked.threads, names, tuple(dict.fromkeys((1.0, *numbers("--load", asked.load, float)))),
         asked.dtype, asked.quantised, asked.work,
     )
     if min(*settings.contexts, settings.new_tokens, settings.rounds, settings.threads, 1) < 1:
@@ -84,17 +84,6 @@ def parser() -> argparse.ArgumentParser:
     add("--work", type=Path, default=Path("runs/peers"), help="for exports (default: %(default)s)")
     add("--json", type=Path, help="write the JSON line here too")
     return made
-
-
-Number = TypeVar("Number", int, float)
-
-
-def numbers(option: str, text: str, kind: Callable[[str], Number], example: str) -> tuple[Number, ...]:
-    """A text like ``512,2048`` as numbers."""
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{option} {text}: expected numbers like {example}") from None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from benchmarks.peers.engine import Engine, Fed, FloatArray, Settings, Timing
 from benchmarks.peers.files import load
 from modification import MoDConfig, MoDModel, convert
 from modification.executor import executor_of
-from modification.measure.bench import SCATTER, dense_twin
+from modification.measure.bench import dense_twin, scatter
 from modification.measure.speed import threshold_for
 
 
@@ -105,10 +105,7 @@ def scattered(dense: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: Any = convert(copy.deepcopy(dense), MoDConfig())
-        for index in model.mod_layers:
-            router = model.family.decoder_layers(model)[index].router
-            torch.nn.init.normal_(router.weight, std=SCATTER / model.config.hidden_size**0.5)
-            torch.nn.init.zeros_(router.bias)
+        scatter(model)
     return model
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from modification.architectures import head_width, rotate
+
 Rotation = tuple[Tensor, Tensor]  # cos and sin, [N, D]
 
 
@@ -34,7 +36,7 @@ class Block:
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         v = self.attention.v_proj(normed).view(shape)
-        return rotate(q.transpose(0, 1), rotation), rotate(k.transpose(0, 1), rotation), v.transpose(0, 1)
+        return rotate(q.transpose(0, 1), *rotation), rotate(k.transpose(0, 1), *rotation), v.transpose(0, 1)
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Output projection and MLP on attention's result [N, H * D], with both residuals."""
@@ -45,8 +47,7 @@ class Block:
 
 def blocks_of(model: Any, routed: bool = True) -> list[Block]:
     """A MoD model's layers, taken apart; not ``routed``, those of its dense parent."""
-    config = model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_width(model.config)
     return [
         Block(layer, head, getattr(layer, "router", None) if routed else None, window)
         for layer, window in zip(model.family.decoder_layers(model), model.windows, strict=True)
@@ -60,13 +61,6 @@ def stacked_routers(blocks: Sequence[Block], width: int) -> tuple[Tensor, Tensor
         return torch.empty(0, width), torch.empty(0)
     weights = torch.cat([router.weight.detach().float() for router in routers])
     return weights, torch.cat([router.bias.detach().float() for router in routers])
-
-
-def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
-    """RoPE, rotate-half form, on [heads, N, D]."""
-    cos, sin = rotation
-    left, right = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, window: int | None = None) -> Tensor:

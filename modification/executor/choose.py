@@ -14,7 +14,7 @@ from modification.executor.fast import Fast
 from modification.executor.native import NativeDecoder, library, native_obstacle
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies don't depend on the length
-PROBE = 24  # tokens of the check: a prompt, then single tokens
+PROBE = 24  # tokens of the check: a prompt, more of it, then single tokens
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}  # of the largest logit
 
 

@@ -81,11 +81,16 @@ def random_pair(config: PreTrainedConfig, dtype: torch.dtype, layers: Any = "inn
         torch.manual_seed(0)
         parent = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         model: Any = convert(copy.deepcopy(parent), MoDConfig(layers=layers))
-        for index in model.mod_layers:
-            router = model.family.decoder_layers(model)[index].router
-            torch.nn.init.normal_(router.weight, std=SCATTER / config.hidden_size**0.5)
-            torch.nn.init.zeros_(router.bias)
+        scatter(model)
     return parent, model
+
+
+def scatter(model: Any) -> None:
+    """Give a MoD model random routers whose scores cover (0, 1)."""
+    for index in model.mod_layers:
+        router = model.family.decoder_layers(model)[index].router
+        torch.nn.init.normal_(router.weight, std=SCATTER / model.config.hidden_size**0.5)
+        torch.nn.init.zeros_(router.bias)
 
 
 def dense_twin(model: PreTrainedModel) -> PreTrainedModel:

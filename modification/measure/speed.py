@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from modification.architectures import entry_bytes
 from modification.cache import RaggedCache
 from modification.executor import Executor
 from modification.generate import Sampler, Stream, run
@@ -119,8 +120,8 @@ def time_engine(executor: Executor, model: Any, work: Work, p: float) -> Timing:
 
 def time_bare(executor: Executor, model: Any, work: Work, p: float, mod_layers: Sequence[int]) -> Timing:
     """One round of the executor alone: no Steps, no log-probabilities, the likeliest token read and dropped."""
-    entry_bytes = model.new_cache().entry_bytes
-    caches = [RaggedCache(model.windows, mod_layers, entry_bytes) for _ in work.prompts]
+    size = entry_bytes(model.config, model.dtype)
+    caches = [RaggedCache(model.windows, mod_layers, size) for _ in work.prompts]
     with Peak(model.device) as peak:
         start = _now(model.device)
         for ids, cache in zip(work.prompts, caches, strict=True):
