@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import math
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,20 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from modification.conversion.data import Blocks, pack, read_documents
+from modification.conversion.data import Blocks, Documents, pack, pack_whole, read_documents
 from modification.conversion.train import last_checkpoint
+from modification.measure.retrieval import conversation, cut
 
 VOCABULARY = 4096
 CONTEXT = 2048
 STEP_TOKENS = 8192
 TOKENS = 10_020_000
 SHORT_SHARE = 0.779  # of the tokens are seen in short blocks, which train faster; the rest in full contexts
+SECOND_TOKENS = 6_500_000  # of the second pass, whole documents kept apart
+RETRIEVAL_SHARE = 0.12  # of its tokens are stories with facts to be found again
 SPECIAL = ["<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>{% endfor %}"
@@ -100,26 +106,28 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups = self.muon.param_groups + self.adamw.param_groups
 
 
-def train(model: LlamaForCausalLM, blocks: np.ndarray, out: Path, lr: float, shape: Callable[[float], float]) -> None:
-    """One pass over the blocks; `shape` maps progress in [0, 1] to a factor of `lr`."""
-    steps = blocks.size // STEP_TOKENS
+def train(
+    model: LlamaForCausalLM, data: Dataset[Any], block: int, out: Path, lr: float, shape: Callable[[float], float]
+) -> None:
+    """One pass over the data, `block` tokens a row; `shape` maps progress in [0, 1] to a factor of `lr`."""
+    steps = len(data) * block // STEP_TOKENS  # type: ignore[arg-type]
     optimizer = MuonWithAdamW(model, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape(step / steps))
     bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     arguments = TrainingArguments(
-        output_dir=str(out), max_steps=steps, per_device_train_batch_size=STEP_TOKENS // blocks.shape[1],
+        output_dir=str(out), max_steps=steps, per_device_train_batch_size=STEP_TOKENS // block,
         bf16=bf16, use_cpu=not torch.cuda.is_available(), torch_compile=True, max_grad_norm=1.0,
         save_steps=50, save_total_limit=1, logging_steps=10, report_to="none", dataloader_drop_last=True,
         seed=0, dataloader_num_workers=0, disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=Blocks(blocks), optimizers=(optimizer, schedule))
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, optimizers=(optimizer, schedule))
     trainer.train(resume_from_checkpoint=last_checkpoint(out))
     trainer.save_model(str(out / "final"))
     (out / "log.json").write_text(json.dumps(trainer.state.log_history))
 
 
 def make_parent(text: Path, work: Path, tokens: int = TOKENS, lr: float = 4e-3) -> Path:
-    """Train in two stages: short blocks at a steady rate, then full contexts while it decays."""
+    """Train in three stages: short blocks at a steady rate, full contexts while it decays, and a second pass."""
     tokenizer = make_tokenizer(text, work / "tokenizer")
     model = make_model(tokenizer)
     documents = list(read_documents(text, tokenizer, split="train"))
@@ -136,9 +144,36 @@ def make_parent(text: Path, work: Path, tokens: int = TOKENS, lr: float = 4e-3) 
         blocks = pack(stream, block, budget)
         out = work / name
         if not (out / "final" / "model.safetensors").is_file():
-            train(model, blocks, out, lr, shape)
+            train(model, Blocks(blocks), block, out, lr, shape)
         model = LlamaForCausalLM.from_pretrained(out / "final", dtype=torch.float32)
-    return work / stages[-1][0] / "final"
+    return _second_pass(model, tokenizer, documents, work / "second")
+
+
+def _second_pass(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[list[int]], out: Path
+) -> Path:
+    """The text once more, no document seeing another, with facts to retrieve mixed in; the rate rises and decays."""
+    if not (out / "final" / "model.safetensors").is_file():
+        rng = random.Random(1)
+        budget, mixed = SECOND_TOKENS, list[list[int]]()
+        order = iter(rng.sample(documents, len(documents)))
+        while budget > 0:
+            one = retrieval_document(rng, documents, tokenizer) if rng.random() < RETRIEVAL_SHARE else next(order)
+            mixed.append(one)
+            budget -= len(one)
+        packed = pack_whole(mixed, CONTEXT, tokenizer.pad_token_id)
+        np.random.default_rng(1).shuffle(packed)
+        train(model, Documents(packed), CONTEXT, out, 2e-3, lambda t: min(1.0, t / 0.04 + 0.01, max(0.02, 1.02 - t)))
+    return out / "final"
+
+
+def retrieval_document(rng: random.Random, documents: list[list[int]], tokenizer: Any) -> list[int]:
+    """Token ids of a chat about facts hidden in one to three stories; as many short ones as long ones."""
+    length = int(math.exp(rng.uniform(math.log(48), math.log(CONTEXT - 220))))
+    picked = rng.sample(documents, 3)
+    text = tokenizer.decode([token for ids in picked for token in ids], skip_special_tokens=True)
+    messages = conversation(rng, cut(text, length, tokenizer))
+    return list(tokenizer.apply_chat_template(messages)["input_ids"])
 
 
 def tokens_seen(work: Path) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 Gate = Literal["straight_through", "paper"]
 KeyValues = Literal["evict", "keep"]
 LayerRule = Literal["inner", "interleaved"]
+Threshold = float | tuple[float, ...]  # one p for all MoD layers, or one for each, [M]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,20 @@ def check_threshold(p: object, name: str = "p") -> float:
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 <= p <= 1.0:
         raise ValueError(f"{name}={p!r}: the threshold must be a number from 0 to 1")
     return float(p)
+
+
+def check_thresholds(p: object, layers: int) -> Threshold:
+    """``p`` as one threshold, or as one for each of ``layers`` MoD layers, [M]."""
+    if not isinstance(p, (list, tuple)):
+        return check_threshold(p)
+    if len(p) != layers:
+        raise ValueError(f"p has {len(p)} thresholds for {layers} MoD layers: give one number, or one per MoD layer")
+    return tuple(check_threshold(value, f"p[{at}]") for at, value in enumerate(p))
+
+
+def threshold_at(p: Threshold, layer: int) -> float:
+    """The threshold of the ``layer``-th MoD layer."""
+    return p[layer] if isinstance(p, tuple) else p
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

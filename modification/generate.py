@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modification.architectures import entry_bytes
 from modification.cache import RaggedCache
-from modification.config import check_threshold
+from modification.config import Threshold, check_thresholds
 from modification.executor import Executor, Pass, executor_of
 from modification.model import MoDModel, check_cache
 from modification.trace import Step
@@ -26,13 +26,14 @@ def generate(
     model: Any,
     input_ids: Tensor | Sequence[int],
     *,
-    p: float | Callable[[], float],
+    p: Threshold | Callable[[], Threshold],
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int | None = None,
     stop: Collection[int] | None = None,
+    alternatives: int = 0,
     cache: RaggedCache | None = None,
 ) -> Iterator[Step]:
     """Stream a continuation of one prompt.
@@ -43,11 +44,12 @@ def generate(
     Args:
         model: a MoD model.
         input_ids: the prompt, [T] or [1, T].
-        p: threshold, or a function read at every step.
+        p: threshold, or a tuple with one for each MoD layer, or a function that gives either, read at every step.
         temperature: 0 is greedy.
         top_p, top_k: keep the likeliest tokens of this mass, or this many (0: all).
         seed: makes sampling repeatable.
         stop: token ids that end the text; by default the model's end-of-sequence tokens.
+        alternatives: with each token, note this many of the likeliest ones (``Step.likely``).
         cache: one from ``model.new_cache()``, to be kept for the next call: what it holds of this prompt is not
             run again (with the decisions made then), and the first step has the remaining tokens alone. Without
             it a cache is made and freed.
@@ -58,7 +60,8 @@ def generate(
     _check_model(model)
     stream = Stream(
         _prompt(model, input_ids, max_new_tokens), model.new_cache() if cache is None else _own(model, cache),
-        p if callable(p) else _constant(p), max_new_tokens, Sampler(temperature, top_p, top_k, seed, model.device),
+        _dial(p, len(model.mod_layers)), max_new_tokens,
+        Sampler(temperature, top_p, top_k, seed, model.device, alternatives),
         frozenset(_end_tokens(model) if stop is None else stop),
     )
     return (step for _, step in run(executor_of(model), [stream], keep=cache is not None))
@@ -68,7 +71,7 @@ def generate_batch(
     model: Any,
     prompts: Sequence[Tensor | Sequence[int]],
     *,
-    p: float | Sequence[float] | Callable[[], float],
+    p: float | Sequence[Threshold] | Callable[[], Threshold],
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -84,7 +87,8 @@ def generate_batch(
     Args:
         model: a MoD model.
         prompts: one per row, [T] each.
-        p: one threshold, one per row, or a function read at every step.
+        p: one threshold, one per row (each a number, or a tuple with one for each MoD layer), or a function read
+            at every step.
         seed: the same for every row.
         max_new_tokens, temperature, top_p, top_k, stop: as in :func:`generate`.
 
@@ -92,7 +96,7 @@ def generate_batch(
         ValueError: a value out of bounds, at the call itself.
     """
     _check_model(model)
-    dials = _dials(p, len(prompts))
+    dials = _dials(p, len(prompts), len(model.mod_layers))
     ends = frozenset(_end_tokens(model) if stop is None else stop)
     streams = [
         Stream(
@@ -104,16 +108,31 @@ def generate_batch(
     return run(executor_of(model), streams, keep=False)
 
 
+class Choice(NamedTuple):
+    """A chosen token, its log-probability under the unaltered distribution, and the likeliest tokens with theirs."""
+
+    token: int
+    logprob: float
+    likely: tuple[int, ...] = ()
+    likely_logprobs: tuple[float, ...] = ()
+
+
 class Sampler:
     """Chooses the next token from logits [V]: greedy, or by temperature with top-k and top-p."""
 
-    def __init__(self, temperature: float, top_p: float, top_k: int, seed: int | None, device: torch.device) -> None:
+    def __init__(
+        self, temperature: float, top_p: float, top_k: int, seed: int | None, device: torch.device,
+        alternatives: int = 0,
+    ) -> None:
         if not 0.0 <= temperature <= 10.0:
             raise ValueError(f"temperature={temperature!r}: must be a number from 0 (greedy) to 10")
         if not 0.0 < top_p <= 1.0:
             raise ValueError(f"top_p={top_p!r}: must be above 0 and at most 1")
         if top_k < 0:
             raise ValueError(f"top_k={top_k!r}: must be 0 (all tokens) or more")
+        if alternatives < 0:
+            raise ValueError(f"alternatives={alternatives!r}: must be 0 (none) or more")
+        self.alternatives = alternatives
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.generator = torch.Generator(device)
         if seed is None:
@@ -121,14 +140,17 @@ class Sampler:
         else:
             self.generator.manual_seed(seed)
 
-    def __call__(self, logits: Tensor) -> tuple[int, float]:
-        """A token id and its log-probability under the unaltered distribution."""
+    def __call__(self, logits: Tensor) -> Choice:
+        """Choose; the distribution is altered for the choice alone."""
         logprobs = torch.log_softmax(logits.float(), -1)
         if self.temperature == 0.0:
             token = int(logprobs.argmax())
         else:
             token = int(torch.multinomial(self._weights(logprobs / self.temperature), 1, generator=self.generator))
-        return token, float(logprobs[token])
+        if not self.alternatives:
+            return Choice(token, float(logprobs[token]))
+        best = logprobs.topk(min(self.alternatives, len(logprobs)))
+        return Choice(token, float(logprobs[token]), tuple(best.indices.tolist()), tuple(best.values.tolist()))
 
     def _weights(self, scores: Tensor) -> Tensor:
         if 0 < self.top_k < len(scores):
@@ -146,19 +168,19 @@ class Stream:
     """One row of a generation: its tokens, cache, threshold and sampler."""
 
     def __init__(
-        self, ids: Tensor, cache: RaggedCache, read_p: Callable[[], float], budget: int, choose: Sampler,
+        self, ids: Tensor, cache: RaggedCache, read_p: Callable[[], Threshold], budget: int, choose: Sampler,
         ends: frozenset[int],
     ) -> None:
         self.ids, self.cache, self.read_p, self.choose, self.ends = ids, cache, read_p, choose, ends
         self.left = budget
         self.logits: Tensor | None = None
-        self.token, self.logprob = -1, float("nan")
+        self.choice = Choice(-1, float("nan"))
 
-    def threshold(self) -> float:
+    def threshold(self) -> Threshold:
         """p as it is now."""
-        return check_threshold(self.read_p())
+        return check_thresholds(self.read_p(), len(self.cache.mod_layers))
 
-    def prefill(self, executor: Executor, p: float) -> Step:
+    def prefill(self, executor: Executor, p: Threshold) -> Step:
         """Run what the cache doesn't hold of the prompt."""
         start = time.perf_counter()
         fresh = self.ids[_reusable(self.cache, self.ids.tolist()) :]
@@ -169,25 +191,29 @@ class Stream:
     @property
     def ended(self) -> bool:
         """Whether a stop token came or the budget is spent."""
-        return self.left == 0 or self.token in self.ends
+        return self.left == 0 or self.choice.token in self.ends
 
     def pick(self) -> int:
         """Choose the next token from the last logits."""
         assert self.logits is not None
-        self.token, self.logprob = self.choose(self.logits)
+        self.choice = self.choose(self.logits)
         self.left -= 1
-        return self.token
+        return self.choice.token
 
-    def accept(self, done: Pass, row: int, p: float, start: float) -> Step:
+    def accept(self, done: Pass, row: int, p: Threshold, start: float) -> Step:
         """Take this row's share of a decode step."""
         self.logits, one = done.logits[row], slice(row, row + 1)
-        return self._step(np.array([self.token]), done.scores[:, one], done.routed[:, one], p, start)
+        return self._step(np.array([self.choice.token]), done.scores[:, one], done.routed[:, one], p, start)
 
-    def _step(self, tokens: Any, scores: Any, routed: Any, p: float, start: float, prefill: bool = False) -> Step:
-        size = self.cache.nbytes()
+    def _step(
+        self, tokens: Any, scores: Any, routed: Any, p: Threshold, start: float, prefill: bool = False
+    ) -> Step:
+        size, choice = self.cache.nbytes(), self.choice
+        mean, layer_p = (sum(p) / len(p), p) if isinstance(p, tuple) else (p, ())
         return Step(
-            tokens, np.full(len(tokens), self.logprob, np.float32), scores, routed, p, size.stored, size.allocated,
-            size.dense, time.perf_counter() - start, prefill,
+            tokens, np.full(len(tokens), choice.logprob, np.float32), scores, routed, mean, size.stored,
+            size.allocated, size.dense, time.perf_counter() - start, prefill, layer_p, choice.likely,
+            choice.likely_logprobs,
         )
 
 
@@ -271,20 +297,22 @@ def _own(model: Any, cache: object) -> RaggedCache:
     return cache
 
 
-def _dials(p: float | Sequence[float] | Callable[[], float], rows: int) -> list[Callable[[], float]]:
+def _dials(
+    p: float | Sequence[Threshold] | Callable[[], Threshold], rows: int, layers: int
+) -> list[Callable[[], Threshold]]:
     if not rows:
         raise ValueError("prompts is empty: give at least one")
-    if callable(p):
-        return [p] * rows
     if isinstance(p, Sequence):
         if len(p) != rows:
             raise ValueError(f"p has {len(p)} values for a batch of {rows}: give one number, or one per row")
-        return [_constant(value) for value in p]
-    return [_constant(p)] * rows
+        return [_dial(value, layers) for value in p]
+    return [_dial(p, layers)] * rows
 
 
-def _constant(p: float) -> Callable[[], float]:
-    value = check_threshold(p)
+def _dial(p: Threshold | Callable[[], Threshold], layers: int) -> Callable[[], Threshold]:
+    if callable(p):
+        return p
+    value = check_thresholds(p, layers)
     return lambda: value
 
 

@@ -65,7 +65,8 @@ class MoDLayer(nn.Module):
         y = self._block(x, gate, call, self._arguments(kwargs, slots, mask))
         out = torch.where(run[..., None], y, x)
         if call.config.gate == "straight_through" and torch.is_grad_enabled():
-            out = out + straight_through(logit, call.p)[..., None].to(x.dtype) * (y - x).detach()
+            gradient = straight_through(logit, call.threshold(self.layer_index))
+            out = out + gradient[..., None].to(x.dtype) * (y - x).detach()
         return out
 
     def _gathered(

@@ -22,7 +22,7 @@ from modification.routing import INITIAL_BIAS, OPEN, Router, RoutingCall
 
 PREFIX = "mod_"  # a converted model's type is its family's with this in front
 PATHS = ("gathered", "masked")
-Threshold = float | Sequence[float] | Tensor
+Thresholds = float | Sequence[float] | Tensor
 
 
 @dataclass
@@ -99,7 +99,7 @@ class MoDModel(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        p: Threshold | None = None,
+        p: Thresholds | None = None,
         routing: str | None = None,
         output_router_scores: bool = False,
         return_dict: bool | None = None,
@@ -110,7 +110,8 @@ class MoDModel(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, T].
             attention_mask: [B, past + T], 0 at padding, on either side.
-            p: threshold for this call, a number or one per row [B]; the config's by default.
+            p: threshold for this call: a number, one per row [B], or one per row (or 1) and MoD layer [B or 1, M];
+                the config's by default.
             routing: "gathered" really skips; "masked" computes all and hides (reference, training).
                 By default masked while training, gathered otherwise.
             output_router_scores: fill ``router_scores`` and ``routed`` of the output.
@@ -145,7 +146,7 @@ class MoDModel(PreTrainedModel, GenerationMixin):
         return result.to_tuple() if return_dict is False else result
 
     def _routing_call(
-        self, given: Tensor, attention_mask: Any, cache: RaggedCache | None, p: Threshold | None, routing: str | None
+        self, given: Tensor, attention_mask: Any, cache: RaggedCache | None, p: Thresholds | None, routing: str | None
     ) -> RoutingCall:
         config = self.mod_config
         path = routing or ("masked" if self.training else "gathered")
@@ -158,8 +159,9 @@ class MoDModel(PreTrainedModel, GenerationMixin):
         if past < config.anchors or valid is not None:
             anchored = (places < config.anchors).expand(batch, tokens)
         return RoutingCall(
-            config=config, p=thresholds(config.p if p is None else p, batch, given.device), path=path,
-            columns=torch.arange(past, past + tokens, device=given.device), valid=valid, anchored=anchored,
+            config=config, p=thresholds(config.p if p is None else p, batch, len(self.mod_layers), given.device),
+            path=path, columns=torch.arange(past, past + tokens, device=given.device), order=self.mod_layers,
+            valid=valid, anchored=anchored,
         )
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -182,16 +184,20 @@ class MoDModel(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = self.new_cache()
 
 
-def thresholds(p: Threshold, batch: int, device: torch.device) -> Tensor:
-    """``p`` as one threshold per row, [B, 1] float32, validated."""
+def thresholds(p: Thresholds, batch: int, layers: int, device: torch.device) -> Tensor:
+    """``p`` as one threshold per row, [B, 1], or per row and MoD layer, [B, M]; float32, validated."""
     if isinstance(p, (int, float)):
         return torch.full((batch, 1), check_threshold(p), device=device)
-    values = torch.as_tensor(p, dtype=torch.float32, device=device).reshape(-1)
-    if len(values) not in (1, batch):
-        raise ValueError(f"p has {len(values)} values for a batch of {batch}: give one number, or one per row")
+    values = torch.as_tensor(p, dtype=torch.float32, device=device)
+    if values.dim() < 2:
+        values = values.reshape(-1, 1)
+        if len(values) not in (1, batch):
+            raise ValueError(f"p has {len(values)} values for a batch of {batch}: give one number, or one per row")
+    elif values.dim() > 2 or values.shape[0] not in (1, batch) or values.shape[1] != layers:
+        raise ValueError(f"p of shape {tuple(values.shape)}: per row and MoD layer it is [1 or {batch}, {layers}]")
     if not bool(((values >= 0) & (values <= 1)).all()):
         raise ValueError(f"p={values.tolist()}: every threshold must be a number from 0 to 1")
-    return values.expand(batch)[:, None]
+    return values.expand(batch, -1)
 
 
 def check_cache(cache: object) -> None:

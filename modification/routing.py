@@ -60,7 +60,8 @@ class RoutingCall:
 
     Attributes:
         config: the model's MoD settings.
-        p: thresholds, [B, 1].
+        p: thresholds, [B, 1], or [B, M] with one for each of M MoD layers.
+        order: indices of the MoD layers, M of them.
         path: ``"gathered"`` (skips) or ``"masked"`` (computes all, hides; the reference).
         columns: places of the new tokens in the padded sequence, [T].
         valid: False at padding, [B, T]; None when there is none.
@@ -72,6 +73,7 @@ class RoutingCall:
     p: Tensor
     path: str
     columns: Tensor
+    order: tuple[int, ...] = ()
     valid: Tensor | None = None
     anchored: Tensor | None = None
     record: bool = False
@@ -80,7 +82,7 @@ class RoutingCall:
 
     def decide(self, layer: int, gate: Tensor) -> Tensor:
         """Which tokens run, [B, T] bool: g >= p (paper, threshold-p), anchors always, padding never."""
-        run = gate >= self.p.to(gate.device)
+        run = gate >= self.threshold(layer).to(gate.device)
         if self.anchored is not None:
             run = run | self.anchored.to(gate.device)
         if self.valid is not None:
@@ -88,6 +90,11 @@ class RoutingCall:
         if self.record:
             self.scores[layer], self.routed[layer] = gate, run
         return run
+
+    def threshold(self, layer: int) -> Tensor:
+        """The rows' thresholds in one MoD layer, [B, 1]."""
+        at = 0 if self.p.shape[1] == 1 else self.order.index(layer)
+        return self.p[:, at : at + 1]
 
     def real(self, like: Tensor) -> Tensor:
         """True at real tokens, False at padding, [B, T] like ``like``."""

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from modification.config import check_threshold, check_thresholds
+
 FORMAT = 1
 _SCORE_DIGITS = 4
 
@@ -32,6 +34,9 @@ class Step:
         kv_dense: bytes that the dense parent would hold.
         seconds: wall-clock time of the step, routing and sampling included.
         prefill: whether this is the prompt.
+        layer_p: the MoD layers' thresholds, [M], where they differ; ``p`` is their mean then.
+        likely: the likeliest tokens at the choice of this one, best first, [K]; empty if not asked for.
+        likely_logprobs: their log-probabilities, [K].
     """
 
     tokens: npt.NDArray[np.int64]
@@ -44,6 +49,9 @@ class Step:
     kv_dense: int
     seconds: float
     prefill: bool = False
+    layer_p: tuple[float, ...] = ()
+    likely: tuple[int, ...] = ()
+    likely_logprobs: tuple[float, ...] = ()
 
     @property
     def token(self) -> int:
@@ -157,7 +165,14 @@ def _step_to_dict(step: Step) -> dict[str, Any]:
         "routed": step.routed.astype(int).tolist(), "p": step.p,
         "kv": [step.kv_stored, step.kv_allocated, step.kv_dense], "seconds": round(step.seconds, 6),
         "prefill": step.prefill,
+        **({"layer_p": list(step.layer_p)} if step.layer_p else {}),
+        **({"likely": [[token, round(value, _SCORE_DIGITS)] for token, value in _alternatives(step)]} if step.likely
+           else {}),
     }
+
+
+def _alternatives(step: Step) -> Iterable[tuple[int, float]]:
+    return zip(step.likely, step.likely_logprobs, strict=True)
 
 
 def _step_from_dict(values: dict[str, Any], layers: int) -> Step:
@@ -167,10 +182,11 @@ def _step_from_dict(values: dict[str, Any], layers: int) -> Step:
     if not len(tokens) or scores.shape != shape or routed.shape != shape or len(values["logprobs"]) != len(tokens):
         raise ValueError(f"a step of {len(tokens)} tokens has scores of shape {scores.shape}, not {shape}")
     logprobs = np.asarray([np.nan if v is None else v for v in values["logprobs"]], np.float32)
-    if not 0 <= float(values["p"]) <= 1:
-        raise ValueError(f"threshold {values['p']} is not from 0 to 1")
     stored, allocated, dense = (int(size) for size in values["kv"])
+    layer_p = check_thresholds(values["layer_p"], layers) if values.get("layer_p") else ()
+    likely = [(int(token), float(value)) for token, value in values.get("likely", ())]
     return Step(
-        tokens, logprobs, scores, routed, float(values["p"]), stored, allocated, dense,
-        float(values["seconds"]), bool(values["prefill"]),
+        tokens, logprobs, scores, routed, check_threshold(values["p"]), stored, allocated, dense,
+        float(values["seconds"]), bool(values["prefill"]), layer_p if isinstance(layer_p, tuple) else (),
+        tuple(token for token, _ in likely), tuple(value for _, value in likely),
     )

@@ -11,13 +11,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import assert_close, dense_model, mod_model, routers, tiny_tokenizer
+from builders import assert_close, dense_model, mod_model, routers, tiny_tokenizer, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from modification import MoDConfig, MoDModel, load
 from modification.conversion import train as training
 from modification.conversion.calibrate import fit_dial
-from modification.conversion.data import Blocks, pack, read_documents
+from modification.conversion.data import Blocks, Documents, pack, pack_whole, read_documents
 from modification.conversion.objectives import (
     divergence,
     draw_thresholds,
@@ -49,6 +51,40 @@ def test_text_files_are_split_at_their_separator(packing, tmp_path):
     path = tmp_path / f"stories.txt{packing}"
     path.write_bytes(WRITERS[packing](b"One.\n<|endoftext|>\n\n<|endoftext|> Two.<|endoftext|>"))
     assert texts(path) == ["<s>One.</s>", "<s>Two.</s>"]
+
+
+@settings(max_examples=50)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), block=st.integers(8, 24))
+def test_whole_documents_are_packed_uncut_and_told_apart(lengths, block):
+    """Every document once, in one piece unless longer than a block; each token knows its place."""
+    documents = [[at] * length for at, length in enumerate(lengths, 1)]
+    packed = pack_whole(documents, block)
+    ids, places = packed[:, 0], packed[:, 1]
+    for at, length in enumerate(lengths, 1):
+        rows, columns = (ids == at).nonzero()
+        assert len(set(rows)) == 1
+        assert places[rows, columns].tolist() == list(range(min(length, block)))
+        assert columns.tolist() == list(range(columns[0], columns[0] + len(columns)))
+    assert (ids[places >= block] == 0).all()
+    assert (ids > 0).sum() == sum(min(length, block) for length in lengths)
+
+
+def test_packed_documents_do_not_see_one_another():
+    """A model gives a document in a block what it gives the document alone; starts and padding are no labels."""
+    model = dense_model("llama")
+    documents = [[int(t) for t in tokens(1, length, seed=length)[0]] for length in (7, 5, 9)]
+    item = Documents(pack_whole(documents, 24))[0]
+    with torch.no_grad():
+        block, places = item["input_ids"][None], item["position_ids"][None]
+        logits = model(input_ids=block, position_ids=places, use_cache=False).logits[0]
+        start = 0
+        for ids in documents:
+            alone = model(input_ids=torch.tensor([ids])).logits[0]
+            assert_close(logits[start : start + len(ids)], alone)
+            assert item["labels"][start] == -100
+            assert item["labels"][start + 1 : start + len(ids)].tolist() == ids[1:]
+            start += len(ids)
+    assert (item["labels"][start:] == -100).all()
 
 
 @pytest.mark.parametrize("packing", list(WRITERS))

@@ -126,6 +126,25 @@ def test_gathered_is_masked(variant, kv, gate):
             assert_close(gathered.logits, masked.logits, mask)
 
 
+@every_family
+@every_gate
+def test_every_mod_layer_may_have_a_threshold_of_its_own(variant, gate):
+    """One p per layer decides layer by layer, on both paths; the same p for all is that p."""
+    model, ids = mod_model(variant, MoDConfig(gate=gate)), tokens(2)
+    count = len(model.mod_layers)
+    own = torch.tensor([[0.0, 1.0, 0.5][at % 3] for at in range(count)])[None]
+    gathered, masked = (
+        model(ids, p=own, routing=path, output_router_scores=True) for path in ("gathered", "masked")
+    )
+    for at, run in enumerate(gathered.routed):
+        assert torch.equal(run, masked.routed[at])
+        assert run[:, 1:].all() if own[0, at] == 0 else not run[:, 1:].any() or own[0, at] == 0.5
+    assert_close(gathered.logits, masked.logits)
+    p = safe_threshold(model, ids)
+    alike = model(ids, p=torch.full((2, count), p)).logits
+    assert torch.equal(alike, model(ids, p=p).logits)
+
+
 TINY = {kv: mod_model("qwen3", MoDConfig(kv=kv)) for kv in KV}
 
 

@@ -99,6 +99,43 @@ def test_p_is_read_at_every_step():
     assert steps[1].load == 0.0
 
 
+@every_family
+def test_every_mod_layer_may_have_a_dial_of_its_own(variant):
+    """A tuple of thresholds: what the model gives for the same, at every step, with their mean as p."""
+    model, ids = mod_model(variant), tokens(1, 6)
+    own = tuple(0.3 + 0.4 * (at % 2) for at in range(len(model.mod_layers)))
+    trace = RoutingTrace.collect(stream(model, ids, p=own), 5, model.mod_layers)
+    whole = model(torch.from_numpy(trace.tokens)[None], p=[own], output_router_scores=True)
+    assert np.array_equal(trace.routed, torch.cat(whole.routed).numpy())
+    assert trace.steps[3].layer_p == own
+    assert trace.steps[3].p == pytest.approx(sum(own) / len(own))
+    alike = stream(model, ids, p=(0.5,) * len(own))
+    assert [step.token for step in alike] == [step.token for step in stream(model, ids)]
+
+
+def test_thresholds_for_another_number_of_layers_are_refused():
+    """The message says how many there are."""
+    with pytest.raises(ValueError, match="2 thresholds for 3 MoD layers"):
+        stream(mod_model("llama"), p=(0.5, 0.5))
+    with pytest.raises(ValueError, match=r"p\[1\]=1.5"):
+        stream(mod_model("llama"), p=(0.5, 1.5, 0.5))
+
+
+def test_alternatives_are_the_likeliest_tokens_at_each_choice():
+    """Best first with their log-probabilities; the prompt has none; none unless asked."""
+    model = mod_model("llama")
+    steps = stream(model, alternatives=5)
+    assert steps[0].likely == ()
+    for before, step in itertools.pairwise(steps[1:]):
+        assert step.likely[0] == step.token
+        assert step.likely_logprobs[0] == pytest.approx(step.logprob)
+        assert list(step.likely_logprobs) == sorted(step.likely_logprobs, reverse=True)
+        assert len(set(step.likely)) == 5
+        assert before.likely
+    assert all(not step.likely for step in stream(model))
+    assert [step.token for step in steps] == [step.token for step in stream(model)]
+
+
 def test_p_may_change_while_the_stream_is_read():
     """The next step sees a change made after the last one."""
     dial = {"p": 0.0}

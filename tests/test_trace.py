@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -53,6 +54,18 @@ def test_a_step_s_last_token_is_its_token():
     one = step(3)
     assert one.token == one.tokens[-1]
     assert one.logprob == -1.25
+
+
+def test_json_keeps_alternatives_and_thresholds_of_their_own():
+    """What a step may have beside its decisions."""
+    made = trace()
+    rich = dataclasses.replace(made.steps[1], likely=(3, 7), likely_logprobs=(-0.5, -1.25), layer_p=(0.25, 0.75))
+    made.steps[1] = rich
+    back = RoutingTrace.from_json(made.to_json())
+    assert back.steps[1].likely == (3, 7)
+    assert back.steps[1].likely_logprobs == (-0.5, -1.25)
+    assert back.steps[1].layer_p == (0.25, 0.75)
+    assert back.steps[2].likely == () == back.steps[2].layer_p
 
 
 def test_an_empty_trace_has_no_columns_and_full_load():

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 SEPARATOR = "<|endoftext|>"
+_OPEN_ROWS = 64  # blocks that are still being filled
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 
 
@@ -74,6 +75,48 @@ def pack(documents: Iterable[list[int]], block: int, max_tokens: int | None = No
     if not blocks:
         raise ValueError(f"the text holds fewer than {block} tokens: give more text or a shorter block")
     return np.stack(blocks)
+
+
+def pack_whole(documents: Iterable[list[int]], block: int, padding: int = 0) -> npt.NDArray[np.int32]:
+    """Lay whole documents side by side in blocks, none cut unless longer than a block: int32 [N, 2, block].
+
+    The first plane holds token ids, the second each token's place in its own document, counted from 0; transformers
+    keeps documents apart by such position ids where there is no cache. What is left of a block is ``padding``, a
+    document of its own whose places run on from ``block``, so that it can be told apart.
+    """
+    rows: list[tuple[list[int], list[int]]] = []
+    open_rows: list[int] = []
+    for ids in (document[:block] for document in documents):
+        fits = [row for row in open_rows if len(rows[row][0]) + len(ids) <= block]
+        row = max(fits, key=lambda at: len(rows[at][0]), default=len(rows))  # the fullest that has room
+        if row == len(rows):
+            rows.append(([], []))
+            open_rows = [*open_rows, row][-_OPEN_ROWS:]
+        rows[row][0].extend(ids)
+        rows[row][1].extend(range(len(ids)))
+    if not rows:
+        raise ValueError("no documents to pack: give more text")
+    packed = np.empty((len(rows), 2, block), np.int32)
+    for at, (ids, places) in enumerate(rows):
+        spare = block - len(ids)
+        packed[at] = [ids + [padding] * spare, places + list(range(block, block + spare))]
+    return packed
+
+
+class Documents(Dataset[dict[str, torch.Tensor]]):
+    """Blocks of whole documents as a training set: no document sees another, none predicts another's start."""
+
+    def __init__(self, packed: npt.NDArray[np.int32]) -> None:
+        self.packed = packed
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids, places = torch.from_numpy(self.packed[index].astype(np.int64))
+        scored = (places > 0) & (places < len(ids))
+        # Padding keeps places of its own beyond the last document, which a rotary embedding must still reach.
+        return {"input_ids": ids, "position_ids": places % len(ids), "labels": ids.masked_fill(~scored, -100)}
 
 
 class Blocks(Dataset[dict[str, torch.Tensor]]):

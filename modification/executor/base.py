@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modification.cache import RaggedCache
+from modification.config import Threshold
 
 CHUNK = 2048  # prompt tokens that go through the layers together: bounds the memory of activations
 
@@ -33,7 +34,8 @@ class Pass:
 
 
 class Executor(ABC):
-    """Runs prompts and tokens through one model. Each row of a batch has a cache and a threshold of its own.
+    """Runs prompts and tokens through one model. Each row of a batch has a cache and a threshold of its own, which
+    may differ from one MoD layer to the next.
 
     Attributes:
         name: ``"fast"`` or ``"stock"``.
@@ -44,7 +46,7 @@ class Executor(ABC):
     note: str
 
     @torch.inference_mode()
-    def prefill(self, ids: Tensor, cache: RaggedCache, p: float) -> Pass:
+    def prefill(self, ids: Tensor, cache: RaggedCache, p: Threshold) -> Pass:
         """Tokens [T] of one row after what its cache holds; in chunks, with the same logits as at once."""
         done = []
         for part, last in _chunks(ids):
@@ -54,7 +56,7 @@ class Executor(ABC):
         return Pass(done[-1].logits, scores, np.concatenate([part.routed for part in done], axis=1))
 
     @torch.inference_mode()
-    def decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[float]) -> Pass:
+    def decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
         """One token of each of B rows."""
         done = self._decode(tokens, caches, p)
         for token, cache in zip(tokens, caches, strict=True):
@@ -62,11 +64,11 @@ class Executor(ABC):
         return done
 
     @abstractmethod
-    def _chunk(self, ids: Tensor, cache: RaggedCache, p: float, last: bool) -> Pass:
+    def _chunk(self, ids: Tensor, cache: RaggedCache, p: Threshold, last: bool) -> Pass:
         """One chunk of a prompt; its logits matter only if it is the ``last``."""
 
     @abstractmethod
-    def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[float]) -> Pass: ...
+    def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass: ...
 
 
 class Stock(Executor):
@@ -77,13 +79,14 @@ class Stock(Executor):
     def __init__(self, model: Any, why: str) -> None:
         self.model, self.note = model, f"stock transformers layers: {why}"
 
-    def _chunk(self, ids: Tensor, cache: RaggedCache, p: float, last: bool) -> Pass:
+    def _chunk(self, ids: Tensor, cache: RaggedCache, p: Threshold, last: bool) -> Pass:
         out = self.model(
-            input_ids=ids[None], past_key_values=cache, use_cache=True, p=p, output_router_scores=True, logits_to_keep=1
+            input_ids=ids[None], past_key_values=cache, use_cache=True, p=[p] if isinstance(p, tuple) else p,
+            output_router_scores=True, logits_to_keep=1,
         )
         return Pass(out.logits[:, -1], torch.cat(out.router_scores).cpu().numpy(), torch.cat(out.routed).cpu().numpy())
 
-    def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[float]) -> Pass:
+    def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
         rows = [
             self._chunk(torch.tensor([token], device=self.model.device), cache, threshold, True)
             for token, cache, threshold in zip(tokens, caches, p, strict=True)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modification.cache import RaggedCache
+from modification.config import Threshold, threshold_at
 from modification.executor.base import Executor, Pass
 from modification.executor.blocks import Block, Rotation, attend, stacked_routers
 from modification.executor.native import NativeDecoder
@@ -44,7 +45,7 @@ class Fast(Executor):
         self._project: Any = torch.compile(Block.project, dynamic=True) if compiled else Block.project
         self._finish: Any = torch.compile(Block.finish, dynamic=True) if compiled else Block.finish
 
-    def _chunk(self, ids: Tensor, cache: RaggedCache, p: float, last: bool) -> Pass:
+    def _chunk(self, ids: Tensor, cache: RaggedCache, p: Threshold, last: bool) -> Pass:
         past = cache.get_seq_length()
         columns = torch.arange(past, past + len(ids), device=ids.device)
         x = self.base.embed_tokens(ids)
@@ -54,7 +55,7 @@ class Fast(Executor):
             chosen = None
             if block.router is not None:
                 gate = self._score(x, slice(len(scores), len(scores) + 1))[:, 0]
-                run = (gate >= p) | (columns < self.anchors)
+                run = (gate >= threshold_at(p, len(scores))) | (columns < self.anchors)
                 scores.append(gate)
                 routed.append(run)
                 chosen = run.nonzero().squeeze(1)
@@ -97,7 +98,7 @@ class Fast(Executor):
         """
         return 1 << max(0, count.bit_length() - 4) if self.rounded else 1
 
-    def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[float]) -> Pass:
+    def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
         if self.native is not None:
             return self.native.decode(tokens, caches, p)
         device = self.model.device
@@ -113,7 +114,8 @@ class Fast(Executor):
                 at = len(routed)
                 ahead = self._score(x).tolist() if ahead is None else ahead  # the one host synchronisation
                 scores[at] = [gates[at] for gates in ahead]
-                runs = [bool(scores[at, row] >= p[row]) or places[row] < self.anchors for row in rows]
+                bounds = [threshold_at(one, at) for one in p]
+                runs = [bool(scores[at, row] >= bounds[row]) or places[row] < self.anchors for row in rows]
                 routed.append(runs)
                 rows = [row for row in rows if runs[row]]
             if rows:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from modification.cache import RaggedCache
+from modification.config import Threshold, threshold_at
 from modification.executor.base import Pass
 from modification.executor.blocks import Block, stacked_routers
 from modification.routing import OPEN
@@ -90,7 +91,7 @@ class NativeDecoder:
         self.entry_bytes = 2 * kv_heads * head * model.dtype.itemsize
         self.like = torch.empty(kv_heads, 0, head, dtype=model.dtype)
 
-    def decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[float]) -> Pass:
+    def decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
         """One token of each of B rows; see :meth:`Executor.decode`."""
         count, routers = len(tokens), self.shape.routers
         places = [cache.get_seq_length() for cache in caches]
@@ -102,11 +103,11 @@ class NativeDecoder:
         self.library.mod_score(shape, *router_pointers, x.data_ptr(), count, ahead)
         everyone, rows = range(count), (_Row * count)()
         fixed = (x.data_ptr(), cosines.data_ptr(), sines.data_ptr(), *router_pointers, ahead, threads)
-        bounds = [_single(value) for value in p]
         scores, routed = list[list[float]](), list[list[bool]]()
         for index, block in enumerate(self.blocks):
             running: Sequence[int] = everyone
             if block.router is not None:
+                bounds = [_single(threshold_at(one, len(scores))) for one in p]
                 gates = [_gate(ahead[row * routers + len(scores)]) for row in everyone]
                 runs = [gates[row] >= bounds[row] or places[row] < self.anchors for row in everyone]
                 scores.append(gates)

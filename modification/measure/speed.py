@@ -24,7 +24,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from modification.architectures import entry_bytes
 from modification.cache import RaggedCache
 from modification.executor import Executor
-from modification.generate import Sampler, Stream, run
+from modification.generate import Choice, Sampler, Stream, run
 from modification.measure.cost import ModelShape
 from modification.measure.memory import Peak
 from modification.trace import Step
@@ -82,10 +82,10 @@ class Given(Sampler):
         super().__init__(0.0, 1.0, 0, 0, device)
         self.tokens, self.first = iter(tokens), 0.0
 
-    def __call__(self, logits: Tensor) -> tuple[int, float]:
-        _, logprob = super().__call__(logits)
+    def __call__(self, logits: Tensor) -> Choice:
+        logprob = super().__call__(logits).logprob
         self.first = self.first or time.perf_counter()
-        return next(self.tokens), logprob
+        return Choice(next(self.tokens), logprob)
 
 
 def time_engine(executor: Executor, model: Any, work: Work, p: float) -> Timing:
