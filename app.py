@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 from pathlib import Path
 
 import gradio as gr
 
 from app import ui
 from app.errors import UserError
-from app.heatmap import css
 from app.service import Limits, Service
+from app.views import css
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 
 
 def shipped_models() -> dict[str, Path]:
-    """MoD model folders under ``assets/``, by name."""
-    return {path.parent.name: path.parent for path in sorted(ASSETS.glob("*-MoD/config.json"))}
+    """Model folders under ``assets/``, by name, MoD models first."""
+    found = sorted(ASSETS.glob("*/config.json"), key=lambda path: (not path.parent.name.endswith("-MoD"), path))
+    return {path.parent.name: path.parent for path in found}
+
+
+def listed_models(given: list[str]) -> dict[str, Path | str]:
+    """Models given by flag, then those that ship."""
+    chosen: dict[str, Path | str] = {_name(model): model for model in given}
+    return {**chosen, **{name: path for name, path in shipped_models().items() if name not in chosen}}
 
 
 def _name(model: str) -> str:
@@ -42,20 +51,31 @@ def main() -> None:
     parser.add_argument(
         "--running", type=int, default=Limits().running, help="generations at once (default: %(default)s)"
     )
+    parser.add_argument(
+        "--converted", type=Path, default=Path("converted"),
+        help="folder for models that are converted in the app (default: ./%(default)s)",
+    )
+    parser.add_argument(
+        "--public", action="store_true", default=bool(os.environ.get("SPACE_ID")),
+        help="for shared machines: only listed models open, and nothing is converted (on by itself on a Space)",
+    )
+    parser.add_argument("--mcp", action="store_true", help="offer generate, chat, sweep and estimate as MCP tools too")
     arguments = parser.parse_args()
     if arguments.running < 1:
         parser.error(f"--running {arguments.running}: must be 1 or more")
-    chosen: dict[str, Path | str] = {_name(given): given for given in arguments.model}
-    service = Service({**chosen, **{k: v for k, v in shipped_models().items() if k not in chosen}}, ASSETS / "traces",
-                      Limits(running=arguments.running))
+    if arguments.mcp and importlib.util.find_spec("mcp") is None:
+        parser.error('--mcp needs another package: pip install "gradio[mcp]"')
+    limits = Limits(running=arguments.running, free_models=not arguments.public, convert=not arguments.public)
+    service = Service(listed_models(arguments.model), ASSETS / "traces", limits, arguments.converted)
     try:
         if service.names():
             print(service.open(service.names()[0]).describe(), flush=True)
     except UserError as error:
         parser.error(str(error))
-    ui.build(service).launch(
-        server_name=arguments.host, server_port=arguments.port, css=css(), theme=_theme(),
-        footer_links=["api"], max_file_size="5mb",
+    service.keep_tidy()
+    ui.build(service, ASSETS).launch(
+        server_name=arguments.host, server_port=arguments.port, css=css(), theme=_theme(), footer_links=["api"],
+        max_file_size="20mb", mcp_server=arguments.mcp,
     )
 
 

@@ -1,132 +1,10 @@
-"""Steps -> the tape that the live view reads, and sentences for people. No tensors, no gradio.
-
-A tape is one growing string, a JSON array a line, so that each update sends only what is new:
-
-    ["h", {...}]                          header: id of the run, layers, MoD layers, anchors, title
-    ["c", text, p, scores, routed, kind]  a column: a token; hex scores (three digits a MoD layer), hex bits;
-                                          kind is p (prompt), n (new) or s (special)
-    ["f", {...}]                          figures after a step
-    ["e", text]                           the end, as a sentence
-"""
+"""Sentences and rows for people, from the engine's records. No tensors, no gradio."""
 
 from __future__ import annotations
 
 import json
-import secrets
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
-
-from modification.measure.cost import CostMeter, ModelShape
-from modification.trace import RoutingTrace, Step
-
-RECENT = 32  # tokens over which load and speed are averaged
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one token reads as.
-
-    Attributes:
-        text: its text; may be empty while a character is incomplete.
-        special: whether it is a control token such as a turn marker.
-    """
-
-    text: str
-    special: bool = False
-
-
-@dataclass(slots=True)
-class Tape:
-    """Builds the tape of one generation."""
-
-    shape: ModelShape
-    title: str
-    anchors: int = 0
-    lines: list[str] = field(default_factory=list)
-    columns: int = 0
-    ran: int = 0
-    scored: int = 0
-    new_tokens: int = 0
-    recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RECENT))  # load, seconds
-    meter: CostMeter = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.meter = CostMeter(self.shape)
-        self._add("h", {
-            "id": secrets.token_hex(4), "depth": self.shape.depth, "mod": list(self.shape.mod_layers),
-            "anchors": self.anchors, "title": self.title,
-        })
-
-    def add(self, step: Step, pieces: Iterable[Piece], seconds: float | None = None) -> None:
-        """Record a step, what its tokens read as, and how long it took by the user's clock."""
-        self.meter.add(step)
-        self.ran += int(step.routed.sum())
-        self.scored += step.routed.size
-        if not step.prefill:
-            self.new_tokens += 1
-            self.recent.append((step.load, step.seconds if seconds is None else seconds))
-        for at, piece in enumerate(pieces):
-            kind = "s" if piece.special else ("p" if step.prefill else "n")
-            scores = "".join(f"{round(float(g) * 4095):03x}" for g in step.scores[:, at])
-            self._add("c", piece.text, round(step.p, 3), scores, bits(step.routed[:, at]), kind)
-            self.columns += 1
-        self._add("f", self.figures(step))
-
-    def end(self, text: str) -> None:
-        """Close the tape with a sentence."""
-        self._add("e", text)
-
-    def figures(self, step: Step) -> dict[str, Any]:
-        """The live figures after ``step``: raw numbers; the view adds unit and label.
-
-        Load and speed are those of the last tokens, so that they answer when p moves.
-        """
-        loads = [load for load, _ in self.recent] or [step.load]
-        seconds = sum(seconds for _, seconds in self.recent)
-        return {
-            "load": round(sum(loads) / len(loads), 4),
-            "total": round(self.ran / self.scored, 4) if self.scored else 1.0,
-            "speed": round(len(self.recent) / seconds, 2) if seconds else None,
-            "kv": [step.kv_stored, step.kv_allocated, step.kv_dense],
-            "saved": round(self.meter.saved, 4),
-            "tokens": self.columns,
-        }
-
-    @property
-    def text(self) -> str:
-        """The tape so far."""
-        return "".join(self.lines)
-
-    def _add(self, *record: Any) -> None:
-        self.lines.append(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
-
-
-def bits(routed: Iterable[Any]) -> str:
-    """Decisions of one column as hex, the first MoD layer in the lowest bit."""
-    return f"{sum(1 << at for at, ran in enumerate(routed) if ran):x}"
-
-
-def tape_of_trace(trace: RoutingTrace) -> str:
-    """The tape of a stored trace."""
-    shape = ModelShape(**{**trace.info["shape"], "mod_layers": tuple(trace.mod_layers)})
-    tape = Tape(shape, str(trace.info.get("title", "Example")), int(trace.info.get("anchors", 0)))
-    at = 0
-    special = set(trace.info.get("special", ()))
-    for step in trace.steps:
-        texts = trace.texts[at : at + len(step.tokens)]
-        tape.add(step, [Piece(text, at + i in special) for i, text in enumerate(texts)])
-        at += len(step.tokens)
-    tape.end(str(trace.info.get("note", "A recorded run.")))
-    return tape.text
-
-
-def ending(tape: str) -> str:
-    """The sentence that a finished tape ends with."""
-    last = tape.rstrip("\n").rpartition("\n")[2]
-    record = json.loads(last) if last else ["e", ""]
-    return str(record[1]) if record[0] == "e" else ""
 
 
 def waiting_sentence(ahead: int) -> str:
@@ -134,3 +12,159 @@ def waiting_sentence(ahead: int) -> str:
     if ahead == 0:
         return "Next in line: starting as soon as the model is free."
     return f"Waiting for the model: {ahead} ahead of you."
+
+
+def snippet(request: Any, tape: str, source: str) -> str:
+    """Python that makes a finished run again: the same model, prompt, seed, and p at every step."""
+    changes: list[tuple[int, Any]] = []
+    new = 0
+    for record in map(json.loads, tape.splitlines()):
+        if record[0] != "c" or (record[5] == "p" and changes):
+            continue
+        p = tuple(record[2]) if isinstance(record[2], list) else record[2]
+        if not changes or changes[-1][1] != p:
+            changes.append((new if changes else -1, p))
+        new += len(record) > 7  # only chosen tokens have a log-probability
+    if len(changes) <= 1:
+        dial = repr(changes[0][1]) if changes else "0.5"
+        setup = ""
+    else:
+        dial = "moving"
+        setup = _MOVING.format(changes=changes)
+    return _SNIPPET.format(
+        source=source, prompt=request.prompt.strip(), chat=request.chat, setup=setup, dial=dial,
+        new_tokens=request.max_new_tokens, temperature=request.temperature, top_p=request.top_p, top_k=request.top_k,
+        seed=request.seed,
+    )
+
+
+_MOVING = """
+# p was moved while text streamed: from which new token on, and to what
+changes = {changes}
+steps = iter(range(-1, 1 << 30))  # -1 is the prompt
+
+
+def moving():
+    at = next(steps)
+    return [p for start, p in changes if start <= at][-1]
+
+"""
+_SNIPPET = """import modification
+from modification.loading import encode_prompt
+
+model, tokenizer = modification.load({source!r})
+ids = encode_prompt(tokenizer, {prompt!r}, chat={chat})
+{setup}
+steps = modification.generate(
+    model, ids, p={dial}, max_new_tokens={new_tokens}, temperature={temperature}, top_p={top_p}, top_k={top_k},
+    seed={seed},
+)
+tokens = [step.token for step in steps if not step.prefill]
+print(tokenizer.decode(tokens, skip_special_tokens=True))
+"""
+
+
+def best_sentence(sweep: Any) -> str:
+    """The largest p that costs no more than asked, as a sentence."""
+    share = f"{100 * sweep.within:g}%"
+    if sweep.best is None:
+        return (
+            f"**No p of the grid stays within {share}** of {sweep.parent} ({sweep.dense:.3f} nats/token, measured). "
+            "Allow more, or add smaller thresholds."
+        )
+    best = sweep.best
+    return (
+        f"**p = {best.quality.p:g}** is the largest p within {share} of {sweep.parent}: loss {best.quality.loss:.3f} "
+        f"against {sweep.dense:.3f} nats/token (measured), load {best.quality.load:.0%} (measured), KV "
+        f"{best.kv:.0%} and compute {best.compute:.0%} of dense (counted)."
+    )
+
+
+def sweep_rows(sweep: Any) -> list[list[str]]:
+    """A sweep as table rows."""
+    return [
+        [
+            f"{one.quality.p:g}", f"{one.quality.load:.3f}", f"{one.quality.loss:.3f}",
+            f"{one.quality.error:.3f}" if one.quality.error else "–",  # a single block has no spread
+            f"{one.kv:.3f}", f"{one.compute:.3f}", f"{one.speed:.0f}",
+        ]
+        for one in sweep.points
+    ]
+
+
+def bench_rows(results: Sequence[Any]) -> list[list[str]]:
+    """A bench as table rows."""
+    return [
+        [
+            f"{r.context:,}", r.side, _cell(r.p, 3), f"{r.load_prompt:.2f}", f"{r.prefill_s:.4f}",
+            f"{r.decode_tps:.1f}", f"{r.decode_spread:.1f}", _cell(r.peak_mb, 1), _cell(r.kv_stored_mb, 2),
+            *(_cell(pair[at] if pair else None) for pair in (r.speed_up, r.ideal, r.efficiency) for at in (0, 1)),
+        ]
+        for r in results
+    ]
+
+
+def estimate_rows(found: Any) -> list[list[str]]:
+    """An estimate as table rows, MoD against dense."""
+    rows = [
+        _both("weights, GB", found, "weights", 1e9), _both("keys and values, GB", found, "kv", 1e9),
+        _both("activations, GB", found, "activations", 1e9), _both("memory in all, GB", found, "memory", 1e9),
+        _both("prefill, TFLOP", found, "prefill_flops", 1e12),
+        _both("decode step, GB read", found, "decode_bytes", 1e9),
+        _both("prefill at the device's peak, s", found, "prefill_seconds", 1.0),
+        _both("decode step at the peak, ms", found, "decode_seconds", 1e-3),
+    ]
+    bounds = [", ".join(side.bound) for side in (found.dense, found.mod)]
+    return [*rows, ["bound by (prefill, decode)", *bounds, ""]]
+
+
+def conversion_estimate(seconds: float, taken: float, free: int) -> str:
+    """What a conversion will take, as a sentence."""
+    line = f"About **{duration(seconds)}** and **{size(taken)}** of memory (estimated; {size(free)} are free)."
+    return line if taken < free else f"{line} That does not fit: take fewer rows per step, or a smaller model."
+
+
+def conversion_sentence(progress: Any) -> str:
+    """Where a conversion stands."""
+    if progress.ended:
+        return progress.ended if progress.failed else f"{progress.ended}, in {duration(progress.seconds)}."
+    if not progress.log:
+        return f"Reading the text and the model … {duration(progress.seconds)}"
+    last = progress.log[-1]
+    left = "" if progress.left is None else f", about {duration(progress.left)} left (estimated)"
+    return (
+        f"Step {last['step']:,} of {progress.steps:,}: loss {last['cross_entropy']:.3f} nats/token, load "
+        f"{last['load']:.0%} (measured){left}"
+    )
+
+
+def memory_sentence(taken: int, free: int) -> str:
+    """What loading a model takes, against what is free."""
+    fits = "It fits." if taken <= free else "It does not fit: take a smaller model, or 8-bit or 4-bit weights."
+    return f"Loading needs about {size(taken)} (estimated); {size(free)} are free (measured). {fits}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes with a fitting unit."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _cell(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _both(label: str, found: Any, name: str, unit: float) -> list[str]:
+    dense, mod = (getattr(side, name) / unit for side in (found.dense, found.mod))
+    return [label, f"{dense:.4g}", f"{mod:.4g}", f"{dense / mod:.2f}"]

@@ -1,23 +1,114 @@
-"""Puts the tabs together."""
+"""Puts the tabs together; keeps settings in the browser and in links."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 from app.service import Service
-from app.tabs import explore
+from app.tabs import about, programs
+from app.tabs.benchmark import Benchmark
+from app.tabs.chat import Chat
+from app.tabs.convert import Convert
+from app.tabs.explore import Explore
+from app.tabs.model import Model
+from app.tabs.sweep import SweepTab, sample_text
 
 INTRO = (
     "# MoDification Studio\n"
     "A small router in each MoD layer scores every token, and a token goes through the layer only when its score "
     "reaches **p**. A skipped token costs no compute there and leaves no keys and values in the cache."
 )
+_HERE = Path(__file__).parent
 
 
-def build(service: Service) -> gr.Blocks:
-    """The whole page, not yet launched."""
+def build(service: Service, sample: Path | None = None) -> gr.Blocks:
+    """The whole page, not yet launched; ``sample``: the folder with the shipped text."""
     with gr.Blocks(title="MoDification Studio", analytics_enabled=False) as demo:
         gr.Markdown(INTRO, elem_id="intro")
-        explore.build(service)
-    demo.queue(max_size=service.limits.running + service.limits.waiting, default_concurrency_limit=None)
+        model = gr.Dropdown(
+            service.names(), value=next((n for n in service.names() if n.endswith("-MoD")), None) or next(
+                iter(service.names()), None),
+            allow_custom_value=service.limits.free_models, label="Model, for all tabs", elem_id="model",
+            info="Shipped or converted here; the Model tab loads others",
+        )
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("Explore", id="explore"):
+                explore = Explore(service, model)
+                link = _link()
+            with gr.Tab("Chat", id="chat"):
+                Chat(service, model)
+            with gr.Tab("Sweep", id="sweep"):
+                sweep = SweepTab(service, model, sample_text(sample) if sample else "")
+            with gr.Tab("Convert", id="convert"):
+                convert = Convert(service)
+            with gr.Tab("Benchmark", id="benchmark"):
+                benchmark = Benchmark(service, model)
+            with gr.Tab("Model", id="model-tab"):
+                Model(service, model)
+            with gr.Tab("About", id="about-tab"):
+                about.build()
+        _connect(service, tabs, explore, sweep, convert, model)
+        _remember(demo, {**explore.settings, "model": model}, link)
+        demo.load(benchmark.on_paper, benchmark.paper_inputs, benchmark.paper_outputs, api_visibility="private",
+                  show_progress="hidden")
+        demo.unload(_leave(service))
+        programs.build(service)
+    demo.queue(max_size=4 * (service.limits.running + service.limits.waiting), default_concurrency_limit=None)
     return demo
+
+
+def _connect(
+    service: Service, tabs: gr.Tabs, explore: Explore, sweep: SweepTab, convert: Convert, model: gr.Dropdown
+) -> None:
+    """What one tab hands to another."""
+    private: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+    def use(p: float | None) -> tuple[Any, Any]:
+        return gr.skip() if p is None else p, gr.Tabs(selected="explore")
+
+    def show(name: str | None) -> tuple[Any, Any]:
+        choices = gr.update(choices=service.names(), value=name) if name else gr.skip()
+        return choices, gr.Tabs(selected="explore")
+
+    sweep.use.click(use, sweep.found, [explore.p, tabs], **private)
+    convert.open.click(show, convert.done, [model, tabs], **private)
+
+
+def _leave(service: Service) -> Any:
+    def leave(request: gr.Request) -> None:
+        service.close(str(request.session_hash))
+
+    return leave
+
+
+def _link() -> dict[str, Any]:
+    with gr.Accordion("Share these settings", open=False):
+        with gr.Row():
+            button = gr.Button("Make a link", size="sm", elem_id="link")
+            reset = gr.Button("Reset all settings", size="sm", elem_id="reset-settings")
+        shown = gr.Textbox(
+            label="Link to model, p, prompt, seed and sampling", interactive=False, elem_id="link-text",
+            buttons=["copy"],
+        )
+    return {"button": button, "reset": reset, "shown": shown}
+
+
+def _remember(demo: gr.Blocks, settings: dict[str, Any], link: dict[str, Any]) -> None:
+    """Settings come from the link, else from this browser; every change is kept in this browser."""
+    names = list(settings)
+    script = (_HERE / "settings.js").read_text(encoding="utf-8")
+    kinds = {name: type(component).__name__ for name, component in settings.items()}
+    call = f"({script.strip()})({json.dumps(names)}, {json.dumps(kinds)})"
+    values = list(settings.values())
+    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+    demo.load(None, values, values, js=f"(...values) => {call}.restore(values)", **private)
+    gr.on(
+        [component.change for component in values], None, values, None, js=f"(...values) => {call}.keep(values)",
+        **private,
+    )
+    link["button"].click(None, values, link["shown"], js=f"(...values) => {call}.link(values)", **private)
+    link["reset"].click(None, None, None, js=f"() => {call}.forget()", **private)

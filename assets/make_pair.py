@@ -24,7 +24,9 @@ from cards import dense_card, mod_card
 from make_parent import TOKENS, make_parent, tokens_seen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.service import Loaded, Request, record
+from app.service import Request
+from app.service.library import Loaded
+from app.service.runs import record
 from modification import MoDConfig, load
 from modification.conversion.data import pack, read_documents
 from modification.conversion.recipes import AnyP

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.figures import load_per_layer
-from app.present import Piece, Tape, bits, ending, tape_of_trace, waiting_sentence
+from app.present import waiting_sentence
+from app.tape import Piece, Tape, bits, ending, tape_of_trace
 from modification.measure.cost import CostMeter, ModelShape
 from modification.trace import RoutingTrace, Step
 
@@ -43,8 +44,8 @@ def test_a_column_carries_text_threshold_scores_and_decisions():
     header, first, second, figures = records(tape.text)
     assert header[1]["depth"] == 4
     assert header[1]["mod"] == [1, 2]
-    assert first == ["c", "<s>", 0.25, "e6619a", "1", "s"]
-    assert second == ["c", "Once", 0.25, "19a19a", "0", "p"]
+    assert first == ["c", "<s>", 0.25, "e6619a", "1", "s", 0]
+    assert second == ["c", "Once", 0.25, "19a19a", "0", "p", 1]
     assert figures[1]["load"] == 0.25
 
 

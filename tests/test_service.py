@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import app.service as service_module
 from app.errors import UserError
-from app.pieces import PieceReader
 from app.service import Limits, Request, Service
-from app.turnstile import Turnstile
+from app.service.pieces import PieceReader
+from app.service.turnstile import Turnstile
 from modification import MoDConfig, convert
 
 

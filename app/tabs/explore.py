@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import html
-import logging
 from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
-from app.errors import UserError
 from app.figures import load_per_layer
-from app.heatmap import live_view
-from app.present import ending, waiting_sentence
+from app.present import snippet
 from app.service import Request, Service
+from app.tabs.shared import guarded, status, waiting
+from app.tape import ending
+from app.views import view
 
 EXAMPLES = [
     "Write a bedtime story called `The Lantern in the Snow`.",
@@ -28,98 +27,163 @@ SHOW_VIEW = "() => { if (innerWidth < 700) document.querySelector('#status').scr
 OPENING = "A recorded example run. Press Generate for your own."
 
 
-def build(service: Service) -> None:
-    """Lay the tab out inside the current Blocks and wire it."""
-    with gr.Row():
-        with gr.Column(scale=3, min_width=320):
-            prompt = gr.Textbox(
-                label="Prompt", value=EXAMPLES[0], lines=3, max_lines=8, elem_id="prompt", autofocus=True,
-                placeholder="Write a bedtime story called …",
+class Explore:
+    """The tab's components and handlers.
+
+    Attributes:
+        settings: what a link and the browser's memory keep, by name.
+    """
+
+    def __init__(self, service: Service, model: gr.Dropdown) -> None:
+        self.service, self.model = service, model
+        with gr.Row():
+            with gr.Column(scale=3, min_width=320):
+                self._controls()
+            with gr.Column(scale=7, min_width=360):
+                self.status = gr.HTML(status(OPENING), elem_id="status", apply_default_css=False)
+                self.view = view("heatmap", service.example(), elem_id="view")
+                self._after()
+        self.settings = {
+            "prompt": self.prompt, "p": self.p, "new_tokens": self.new_tokens, "temperature": self.temperature,
+            "top_p": self.top_p, "top_k": self.top_k, "seed": self.seed, "chat": self.chat,
+        }
+        self._wire()
+
+    def _controls(self) -> None:
+        self.prompt = gr.Textbox(
+            label="Prompt", value=EXAMPLES[0], lines=3, max_lines=8, elem_id="prompt", autofocus=True,
+            placeholder="Write a bedtime story called …",
+        )
+        with gr.Row():
+            self.generate = gr.Button("Generate", variant="primary", elem_id="generate")
+            self.stop = gr.Button("Stop", variant="stop", elem_id="stop")
+        self.p = gr.Slider(0, 1, value=0.5, step=0.01, label="Threshold p", info=P_INFO, elem_id="p")
+        self.shifts = gr.State({})
+        with gr.Accordion("p per layer", open=False):
+            gr.Markdown("Added to p in one MoD layer alone. Positive: more tokens skip it.")
+            self._layer_sliders()
+        gr.Examples(EXAMPLES, inputs=self.prompt, label="Examples", elem_id="examples")
+        with gr.Accordion("Sampling", open=False):
+            self.new_tokens = gr.Slider(
+                1, self.service.limits.new_tokens, value=400, step=1, label="New tokens, at most"
             )
-            with gr.Row():
-                generate = gr.Button("Generate", variant="primary", elem_id="generate")
-                stop = gr.Button("Stop", variant="stop", elem_id="stop")
-            p = gr.Slider(0, 1, value=0.5, step=0.01, label="Threshold p", info=P_INFO, elem_id="p")
-            gr.Examples(EXAMPLES, inputs=prompt, label="Examples", elem_id="examples")
-            settings = _settings(service)
-        with gr.Column(scale=7, min_width=360):
-            status = gr.HTML(_status(OPENING), elem_id="status", apply_default_css=False)
-            view = live_view(service.example(), elem_id="view")
-            with gr.Accordion("Load per layer of the finished run", open=False):
-                plot = gr.Plot(show_label=False, elem_id="per-layer")
+            self.temperature = gr.Slider(
+                0, 2, value=0.7, step=0.05, label="Temperature", info="0 takes the likeliest token"
+            )
+            self.top_p = gr.Slider(0.05, 1, value=0.95, step=0.01, label="Top-p")
+            self.top_k = gr.Slider(0, 200, value=0, step=1, label="Top-k", info="0 keeps all tokens")
+            self.seed = gr.Number(value=0, precision=0, label="Seed", info="-1 draws a new one each time")
+            self.chat = gr.Checkbox(
+                value=True, label="Chat message", info="Off: the model goes on from your text as it is"
+            )
 
-    run = gr.on(
-        [generate.click, prompt.submit], _handlers(service), [prompt, p, *settings], [view, status, plot],
-        show_progress="hidden", concurrency_limit=None, trigger_mode="once", api_name="generate",
-    )
-    generate.click(None, js=SHOW_VIEW, show_progress="hidden", api_visibility="private")
-    stop.click(
-        lambda: _status("Stopped."), None, status, cancels=[run], queue=False, show_progress="hidden",
-        api_visibility="private",
-    )
-    _wire_dial(service, p)
+    def _layer_sliders(self) -> None:
+        """One slider a MoD layer of the chosen model, made when the model changes."""
+
+        @gr.render(inputs=self.model)
+        def sliders(name: str | None) -> None:
+            layers = self.service.mod_layers(name or "")
+            if not layers:
+                gr.Markdown("Load the model first: its MoD layers are not known yet.")
+            for at, layer in enumerate(layers):
+                slider = gr.Slider(-1, 1, value=0, step=0.05, label=f"Layer {layer}")
+                slider.change(
+                    self._shift(at, len(layers)), [slider, self.shifts, self.p], self.shifts, queue=False,
+                    show_progress="hidden", trigger_mode="always_last", api_visibility="private",
+                )
+
+    def _shift(self, at: int, count: int) -> Any:
+        def move(value: float, shifts: dict[str, float], p: float, request: gr.Request) -> dict[str, float]:
+            moved = {**shifts, str(at): float(value)}
+            self.service.set_p(str(request.session_hash), p, _listed(moved, count))
+            return moved
+
+        return move
+
+    def _after(self) -> None:
+        """What is at hand once a run is over."""
+        with gr.Row():
+            self.load = gr.UploadButton(
+                "Load a trace", file_types=[".json"], type="binary", size="sm", elem_id="load-trace"
+            )
+        with gr.Accordion("Load per layer of the finished run", open=False):
+            self.plot = gr.Plot(show_label=False, elem_id="per-layer")
+        with gr.Accordion("Python that reproduces the run", open=False):
+            self.code = gr.Code(
+                value="# Generate something first.", language="python", show_label=False, elem_id="snippet",
+                interactive=False,
+            )
+
+    def _wire(self) -> None:
+        inputs = [
+            self.prompt, self.p, self.new_tokens, self.temperature, self.top_p, self.top_k, self.seed, self.chat,
+            self.model, self.shifts,
+        ]
+        run = gr.on(
+            [self.generate.click, self.prompt.submit], _generate(self.service), inputs,
+            [self.view, self.status, self.plot, self.code], show_progress="hidden", concurrency_limit=None,
+            trigger_mode="once", api_visibility="private",
+        )
+        self.generate.click(None, js=SHOW_VIEW, show_progress="hidden", api_visibility="private")
+        self.stop.click(
+            lambda: status("Stopped."), None, self.status, cancels=[run], queue=False, show_progress="hidden",
+            api_visibility="private",
+        )
+        self.load.upload(
+            _read_trace(self.service), self.load, [self.view, self.status], show_progress="hidden",
+            api_visibility="private",
+        )
+        # change, not input: the slider's reset button and its clamping send no input.
+        self.p.change(
+            _move(self.service), self.p, None, queue=False, show_progress="hidden", trigger_mode="always_last",
+            api_visibility="private",
+        )
 
 
-def _wire_dial(service: Service, p: gr.Slider) -> None:
+def _move(service: Service) -> Any:
     def move(value: float, request: gr.Request) -> None:
         service.set_p(str(request.session_hash), value)
 
-    # change, not input: the slider's reset button and its clamping send no input.
-    p.change(move, p, None, queue=False, show_progress="hidden", trigger_mode="always_last", api_visibility="private")
+    return move
 
 
-def _settings(service: Service) -> list[Any]:
-    """Folded controls, in the order of the generate handler's arguments."""
-    with gr.Accordion("Sampling", open=False):
-        new_tokens = gr.Slider(1, service.limits.new_tokens, value=400, step=1, label="New tokens, at most")
-        temperature = gr.Slider(0, 2, value=0.7, step=0.05, label="Temperature", info="0 takes the likeliest token")
-        top_p = gr.Slider(0.05, 1, value=0.95, step=0.01, label="Top-p")
-        top_k = gr.Slider(0, 200, value=0, step=1, label="Top-k", info="0 keeps all tokens")
-        seed = gr.Number(value=0, precision=0, label="Seed", info="-1 draws a new one each time")
-        chat = gr.Checkbox(value=True, label="Chat message", info="Off: the model goes on from your text as it is")
-    with gr.Accordion("Model", open=False):
-        model = gr.Dropdown(
-            service.names(), value=next(iter(service.names()), None), allow_custom_value=True, label="Model",
-            info="Shipped, or the path of a model folder, or owner/name on the Hub", elem_id="model",
-        )
-    return [new_tokens, temperature, top_p, top_k, seed, chat, model]
+def _generate(service: Service) -> Any:
+    """The generate handler: a tape, a status line and, at the end, a chart and a snippet."""
 
-
-def _handlers(service: Service) -> Any:
-    """The generate handler: a tape, a status line and, at the end, a chart."""
-
+    @guarded(lambda line: (gr.skip(), line, gr.skip(), gr.skip()))
     def generate(
         prompt: str, p: float, new_tokens: float, temperature: float, top_p: float, top_k: float, seed: float | None,
-        chat: bool, model: str | None, request: gr.Request,
-    ) -> Iterator[tuple[Any, Any, Any]]:
-        tape = ""
-        try:
-            wanted = Request(
-                prompt, model or "", int(new_tokens), float(temperature), float(top_p), int(top_k),
-                None if seed is None or seed < 0 else int(seed), bool(chat),
-            )
-            yield gr.skip(), _status("Starting …"), None
-            with contextlib.closing(service.run(str(request.session_hash), p, wanted)) as updates:
-                for update in updates:
-                    if update.waiting is not None:
-                        yield gr.skip(), _status(waiting_sentence(update.waiting)), gr.skip()
-                    elif update.loading:
-                        yield gr.skip(), _status(f"Loading {wanted.model} …"), gr.skip()
-                    elif update.tape is not None:
-                        first, tape = not tape, update.tape
-                        yield tape, _status("Streaming. Move p and watch.") if first else gr.skip(), gr.skip()
-            yield gr.skip(), _status(ending(tape)), load_per_layer(tape)
-        except UserError as error:
-            yield gr.skip(), _status(str(error), error=True), gr.skip()
-        except Exception:
-            # The log has the cause; the page gets a sentence, whatever happened.
-            logging.getLogger(__name__).exception("generation failed")
-            sentence = "Something went wrong here; the model is free again. Check the settings and try once more."
-            yield gr.skip(), _status(sentence, error=True), gr.skip()
+        chat: bool, model: str | None, shifts: dict[str, float], request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:
+        name, tape = model or "", ""
+        count = len(service.mod_layers(name))
+        wanted = Request(
+            prompt, name, int(new_tokens), float(temperature), float(top_p), int(top_k),
+            None if seed is None or seed < 0 else int(seed), bool(chat), _listed(shifts, count),
+        )
+        yield gr.skip(), status("Starting …"), None, gr.skip()
+        with contextlib.closing(service.run(str(request.session_hash), p, wanted)) as updates:
+            for update in updates:
+                if (line := waiting(update, name)) is not None:
+                    yield gr.skip(), line, gr.skip(), gr.skip()
+                elif update.tape is not None:
+                    first, tape = not tape, update.tape
+                    yield tape, status("Streaming. Move p and watch.") if first else gr.skip(), gr.skip(), gr.skip()
+        code = snippet(wanted, tape, service.source_of(name))
+        yield gr.skip(), status(ending(tape)), load_per_layer(tape), code
 
     return generate
 
 
-def _status(text: str, error: bool = False) -> str:
-    kind = " error" if error else ""
-    return f'<p class="mod-status{kind}" role="{"alert" if error else "status"}">{html.escape(text)}</p>'
+def _read_trace(service: Service) -> Any:
+    @guarded(lambda line: (gr.skip(), line))
+    def read(data: bytes) -> Iterator[tuple[Any, Any]]:
+        yield service.read_trace(data), status("A trace that was loaded from a file.")
+
+    return read
+
+
+def _listed(shifts: dict[str, float], count: int) -> tuple[float, ...]:
+    """Shifts by MoD layer as the service takes them; none if all are 0."""
+    found = tuple(float(shifts.get(str(at), 0.0)) for at in range(count))
+    return found if any(found) else ()

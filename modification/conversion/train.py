@@ -41,7 +41,7 @@ class AnyPTrainer(Trainer):
     def __init__(self, recipe: AnyP, teacher: nn.Module, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.recipe, self.teacher = recipe, teacher.to(self.args.device)
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
         self._count = 0
 
     def compute_loss(
@@ -58,19 +58,22 @@ class AnyPTrainer(Trainer):
             "kl": divergence(parent, out.logits),
             "load_penalty": load_penalty(loads, p),
         }
-        self._note({**parts, "load": loads.mean(), "load_error": (loads - (1 - p)).abs().mean()})
+        layers = torch.stack([run.float().mean() for run in out.routed])
+        self._note({
+            **parts, "load": loads.mean(), "load_error": (loads - (1 - p)).abs().mean(), "layer_loads": layers,
+        })
         loss = recipe.ce * parts["cross_entropy"] + recipe.kl * parts["kl"] + recipe.penalty * parts["load_penalty"]
         return (loss, out) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._count and "loss" in logs:
-            logs = {**logs, **{name: total / self._count for name, total in self._sums.items()}}
+            logs = {**logs, **{name: (total / self._count).tolist() for name, total in self._sums.items()}}
             self._sums, self._count = {}, 0
         super().log(logs, *args, **kwargs)
 
     def _note(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.item()
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
         self._count += 1
 
 

@@ -101,7 +101,7 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
 def bench(
     model: Any, parent: Any, *, contexts: Sequence[int], batches: Sequence[int], loads: Sequence[float],
     new_tokens: int, rounds: int = 5, stock: bool = True, overheads: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None, tell: Callable[[str], None] = lambda line: None,
 ) -> list[Result]:
     """Measure every combination; all sides of one alternate.
 
@@ -112,6 +112,7 @@ def bench(
         stock: whether to time transformers' generate too (slow over long contexts).
         overheads: whether to time the engine without routers, and without its trace and stream.
         say: told what is being measured.
+        tell: told how many rounds are done, before each; whatever it raises ends the bench.
 
     Raises:
         ValueError: a value out of bounds, before anything runs.
@@ -120,9 +121,10 @@ def bench(
     found: list[Result] = []
     for context in contexts:
         for batch in batches:
-            say(f"context {context:,}, batch {batch}: {rounds} rounds")
+            where = f"context {context:,}, batch {batch}"
+            say(f"{where}: {rounds} rounds")
             setting = Setting(model, parent, context, batch, new_tokens, stock, overheads)
-            found += setting.measure(loads, rounds)
+            found += setting.measure(loads, rounds, lambda done, where=where: tell(f"{where}: {done} of {rounds}"))
     return found
 
 
@@ -138,7 +140,9 @@ class Setting:
     stock: bool
     overheads: bool
 
-    def measure(self, loads: Sequence[float], rounds: int) -> list[Result]:
+    def measure(
+        self, loads: Sequence[float], rounds: int, tell: Callable[[int], None] = lambda done: None
+    ) -> list[Result]:
         """Time all sides and work out the routed ones' speed-up over the faster dense one."""
         model, executor = self.model, executor_of(self.model)
         work = Work.random(model.config.vocab_size, self.batch, self.context, self.new_tokens, model.device)
@@ -146,7 +150,7 @@ class Setting:
         sides = self._dense_sides(work)
         for name, threshold in {DENSE: 0.0, **p}.items():
             sides[name] = functools.partial(time_engine, executor, model, work, threshold)
-        timings = alternate(sides, rounds)
+        timings = alternate(sides, rounds, tell)
         rivals = [timings[name] for name in (STOCK, DENSE) if name in timings]
         found = []
         for name, rows in timings.items():

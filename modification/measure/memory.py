@@ -1,16 +1,23 @@
-"""Peak memory of a stretch of work: CUDA's allocator, or the process's high-water mark above idle on Linux."""
+"""Memory: what a stretch of work takes at its peak, what a model's weights will take, and what is free."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_safetensors_metadata
+from safetensors import safe_open
+
+from modification.loading import first_line
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _KIB = 1024
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # safetensors' names; others count 4
 
 
 class Peak:
@@ -40,6 +47,59 @@ class Peak:
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self._idle
         elif self._idle and (high := _read("VmHWM")) is not None:
             self.bytes = max(0, high - self._idle)
+
+
+def available_bytes(device: str | None = None) -> int:
+    """Memory that is free on a device, in bytes: CUDA's own figure, or what Linux calls available.
+
+    Where the system can't tell, the answer is a very large number.
+    """
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((int(line.split()[1]) * _KIB for line in lines if line.startswith("MemAvailable:")), 1 << 62)
+
+
+def weight_bytes(source: str, dtype: torch.dtype | None = None, quantization: str | None = None) -> int:
+    """Bytes that a model's weights take in memory, from the headers of its files; nothing is loaded.
+
+    Args:
+        source: a model folder, or ``owner/name`` on the Hub, whose files' headers are fetched.
+        dtype: the type they will be turned to; by default as stored.
+        quantization: ``"4bit"`` or ``"8bit"``: matrices of the layers then take that, the rest stays.
+
+    Raises:
+        ValueError: the headers can't be read.
+    """
+    try:
+        folder = Path(source)
+        headers = _local_headers(folder) if folder.is_dir() else _hub_headers(source)
+        return sum(_stored(name, *header, dtype, quantization) for name, header in headers)
+    except Exception as error:  # whatever damaged files or a distant server make the readers raise
+        raise ValueError(f"{source}: the weights' headers can't be read: {first_line(error)}") from error
+
+
+def _local_headers(folder: Path) -> Iterator[tuple[str, tuple[str, list[int]]]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dictionary)
+                part = file.get_slice(name)
+                yield name, (part.get_dtype(), part.get_shape())
+
+
+def _hub_headers(repository: str) -> Iterator[tuple[str, tuple[str, list[int]]]]:
+    for file in get_safetensors_metadata(repository).files_metadata.values():
+        for name, tensor in file.tensors.items():
+            yield name, (tensor.dtype, list(tensor.shape))
+
+
+def _stored(name: str, kind: str, shape: list[int], dtype: torch.dtype | None, quantization: str | None) -> int:
+    count = math.prod(shape)
+    quantised = quantization and len(shape) == 2 and not any(part in name for part in ("embed", "head", "router"))
+    if quantised:
+        return count // 2 if quantization == "4bit" else count
+    return count * (dtype.itemsize if dtype is not None else _BYTES.get(kind, 4))
 
 
 def _reset_high_water() -> int | None:

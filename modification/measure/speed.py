@@ -179,11 +179,17 @@ def _bisect(miss: Callable[[float], float], low: float, high: float, steps: int)
     return min(tried, key=lambda value: abs(tried[value]))
 
 
-def alternate(sides: dict[str, Callable[[], Timing]], rounds: int) -> dict[str, list[Timing]]:
-    """Rounds in which every side runs once, a different one first each time; a round to warm up is thrown away."""
+def alternate(
+    sides: dict[str, Callable[[], Timing]], rounds: int, tell: Callable[[int], None] = lambda done: None
+) -> dict[str, list[Timing]]:
+    """Rounds in which every side runs once, a different one first each time; a round to warm up is thrown away.
+
+    ``tell`` is called before every round with the number of those that count so far.
+    """
     found: dict[str, list[Timing]] = {name: [] for name in sides}
     names = list(sides)
     for at in range(rounds + 1):
+        tell(max(0, at - 1))
         for name in names[at % len(names) :] + names[: at % len(names)]:
             timing = sides[name]()
             if at:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from app.present import Piece
+from app.tape import Piece
 
 
 class PieceReader:
@@ -14,6 +15,7 @@ class PieceReader:
         self.tokenizer, self.special = tokenizer, set(tokenizer.all_special_ids)
         self._held: list[int] = []
         self._before: list[int] = []
+        self._names: dict[int, str] = {}
 
     def read(self, token: int) -> Piece:
         """The piece of the next token."""
@@ -28,3 +30,18 @@ class PieceReader:
             return Piece("")
         self._before, self._held = self._held, []
         return Piece(text[len(start) :])
+
+    def names(self, tokens: Iterable[int]) -> list[str]:
+        """What tokens read as by themselves: those that might have come instead."""
+        return [self._name(token) for token in tokens]
+
+    def _name(self, token: int) -> str:
+        found = self._names.get(token)
+        if found is None:
+            raw, text = str(self.tokenizer.convert_ids_to_tokens(token)), str(self.tokenizer.decode([token]))
+            if token in self.special:
+                text = raw
+            elif raw.startswith("\u2581") and not text.startswith(" "):  # SentencePiece drops a leading space
+                text = " " + text
+            found = self._names[token] = text or raw
+        return found

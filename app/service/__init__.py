@@ -1,0 +1,11 @@
+"""The door to the engine: models, sessions, limits, streams and long jobs. Handlers hold no tensors.
+
+The rest of the app reads the engine's records and formulas (trace, measure.cost) but calls nothing else in it.
+Safe to call from several threads.
+"""
+
+from app.service.door import Service
+from app.service.requests import Limits, Request
+from app.service.runs import Update
+
+__all__ = ["Limits", "Request", "Service", "Update"]

@@ -1,0 +1,237 @@
+"""Chats: two models answer the same messages side by side, each with a cache of its own that lives between turns.
+
+A side's next turn prefills its new tokens alone. The tokens of earlier turns are kept as they were made, so that
+they are found in the cache again whatever the tokenizer would make of their text.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from app.service.library import Loaded
+from app.service.pieces import PieceReader
+from app.service.requests import Dial, Limits, Request
+from app.service.runs import budget_of, ending, next_step, start
+from app.talk import ChatTape, SideFigures
+from modification import Step
+
+
+@dataclass(slots=True)
+class Turn:
+    """A message, the two answers to it as text, and the answers' figures."""
+
+    message: str
+    answers: list[str] = field(default_factory=lambda: ["", ""])
+    figures: list[SideFigures | None] = field(default_factory=lambda: [None, None])
+
+
+@dataclass(slots=True)
+class Thread:
+    """One side of a conversation: its model and what its cache was filled with."""
+
+    loaded: Loaded
+    cache: Any
+    seen: list[tuple[str, list[int]]] = field(default_factory=list)  # texts of the conversation and their tokens
+
+    def prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of the messages; those seen before stay the tokens they were."""
+        tokenizer = self.loaded.tokenizer
+        if tokenizer.chat_template:
+            whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        else:
+            whole = "\n\n".join(message["content"] for message in messages)
+        self.seen = [(text, ids) for text, ids in self.seen if whole.startswith(text)]
+        text, ids = self.seen[-1] if self.seen else ("", [])
+        plain = tokenizer.chat_template or ids  # a text without a template gets the tokenizer's own start
+        fresh = tokenizer(whole[len(text) :], add_special_tokens=not plain)["input_ids"]
+        self.seen.append((whole, [*ids, *fresh]))
+        return self.seen[-1][1]
+
+    def said(self, text: str, tokens: list[int]) -> None:
+        """Remember an answer to the last prompt as the tokens it was made of."""
+        if tokens:
+            self.seen.append((self.seen[-1][0] + text, self.seen[-1][1] + tokens))
+
+    def close(self) -> None:
+        """Free the cache."""
+        self.cache.reset()
+        self.seen = []
+
+
+@dataclass(slots=True)
+class Conversation:
+    """One session's chat.
+
+    Attributes:
+        names: the two models' names, in the order shown.
+        tape: all turns as the page shows them.
+    """
+
+    names: tuple[str, str]
+    tape: ChatTape
+    turns: list[Turn] = field(default_factory=list)
+    threads: list[Thread] = field(default_factory=list)
+    used: float = field(default_factory=time.monotonic)
+
+    def cut(self, turns: int) -> None:
+        """Take back all turns but so many."""
+        del self.turns[turns:]
+        self.tape.cut(turns)
+
+    def close(self) -> None:
+        """Free both caches."""
+        for thread in self.threads:
+            thread.close()
+
+
+class Chats:
+    """Conversations by session; the least recently used are closed when there are too many."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._open: dict[str, Conversation] = {}
+        self._table = threading.Lock()
+
+    def of(self, session: str) -> Conversation | None:
+        """The session's conversation, if there is one."""
+        with self._table:
+            return self._open.get(session)
+
+    def put(self, session: str, conversation: Conversation) -> None:
+        """Make it the session's conversation."""
+        with self._table:
+            old = self._open.pop(session, None)
+            self._open[session] = conversation
+            spare = [self._open.pop(next(iter(self._open))) for _ in range(max(0, len(self._open) - self.limits.chats))]
+        for one in ([old] if old is not None and old is not conversation else []) + spare:
+            one.close()
+
+    def close(self, session: str) -> None:
+        """Forget a session's conversation and free its caches."""
+        with self._table:
+            found = self._open.pop(session, None)
+        if found is not None:
+            found.close()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+
+def answer(
+    conversation: Conversation, models: tuple[Loaded, Loaded], message: str, dials: tuple[Dial, Dial],
+    request: Request, limits: Limits,
+) -> Iterator[str]:
+    """Both models answer ``message``, a token of each in turn; the growing tape of the conversation.
+
+    Leaving early keeps what was said so far.
+
+    Raises:
+        UserError: a setting out of bounds, or a conversation that fills a model's context.
+    """
+    _seat(conversation, models)
+    tape, turn = conversation.tape, Turn(message)
+    sides = [
+        _Side(thread, _messages(conversation.turns, at, message), dial, request, limits)
+        for at, (thread, dial) in enumerate(zip(conversation.threads, dials, strict=True))
+    ]
+    conversation.turns.append(turn)
+    tape.ask(message)
+    shown = 0.0
+    try:
+        while any(side.going for side in sides):
+            for at, side in enumerate(sides):
+                if side.going:
+                    piece = side.step()
+                    turn.answers[at] += piece
+                    tape.say(at, piece)
+                    if not side.going:
+                        tape.figures(at, side.figures())
+                        tape.end(at, side.ending)
+            if time.perf_counter() - shown >= limits.frame:
+                shown = time.perf_counter()
+                for at, side in enumerate(sides):
+                    if side.going:
+                        tape.figures(at, side.figures())
+                yield tape.text
+    finally:
+        conversation.used = time.monotonic()
+        for at, side in enumerate(sides):
+            turn.figures[at] = side.figures()
+            if side.going:
+                tape.figures(at, side.figures())
+                tape.end(at, "Stopped.")
+            side.close()
+    yield tape.text
+
+
+def _seat(conversation: Conversation, models: tuple[Loaded, Loaded]) -> None:
+    """A thread for each model; one whose model was loaded anew starts over."""
+    for at, loaded in enumerate(models):
+        if len(conversation.threads) <= at:
+            conversation.threads.append(Thread(loaded, loaded.model.new_cache()))
+        elif conversation.threads[at].loaded is not loaded:
+            conversation.threads[at].close()
+            conversation.threads[at] = Thread(loaded, loaded.model.new_cache())
+
+
+def _messages(turns: list[Turn], side: int, message: str) -> list[dict[str, str]]:
+    told = []
+    for turn in turns:
+        told += [{"role": "user", "content": turn.message}, {"role": "assistant", "content": turn.answers[side]}]
+    return [*told, {"role": "user", "content": message}]
+
+
+class _Side:
+    """One model's answer under way."""
+
+    def __init__(
+        self, thread: Thread, messages: list[dict[str, str]], dial: Dial, request: Request, limits: Limits
+    ) -> None:
+        self.thread, loaded = thread, thread.loaded
+        ids = thread.prompt(messages)
+        self.budget, self.room = budget_of(loaded, len(ids), request.max_new_tokens, limits)
+        self.reader = PieceReader(loaded.tokenizer)
+        self.steps = start(loaded, ids, dial, self.budget, request, thread.cache, alternatives=0)
+        self.tokens: list[int] = []
+        self.text, self.going, self.ending = "", True, ""
+        self.seconds, self.first, self.prompt, self.ran, self.scored = 0.0, 0.0, 0, 0, 0
+        self.last: Step | None = None
+
+    def step(self) -> str:
+        """What the next token adds to the text; ``going`` is False when the answer is complete."""
+        began = time.perf_counter()
+        step = next_step(self.steps, self.thread.loaded.lock)
+        spent = time.perf_counter() - began
+        if step is None:
+            self.going, self.ending = False, ending(len(self.tokens), self.budget, self.room)
+            return ""
+        self.last = step
+        self.ran, self.scored = self.ran + int(step.routed.sum()), self.scored + step.routed.size
+        if step.prefill:
+            self.prompt, self.first = len(step.tokens), spent
+            return ""
+        if not self.tokens:
+            self.first += spent
+        self.seconds += spent
+        self.tokens.append(step.token)
+        piece = self.reader.read(step.token)
+        self.text += piece.text
+        return "" if piece.special else piece.text
+
+    def figures(self) -> SideFigures:
+        """What is known of the answer so far."""
+        last = self.last
+        return SideFigures(
+            tokens=len(self.tokens), speed=len(self.tokens) / self.seconds if self.seconds else None,
+            first_token=self.first, prefilled=self.prompt, load=self.ran / self.scored if self.scored else 1.0,
+            kv=(last.kv_stored, last.kv_allocated, last.kv_dense) if last else (0, 0, 0),
+        )
+
+    def close(self) -> None:
+        """Stop; the cache stays for the next turn."""
+        self.steps.close()
+        self.thread.said(self.text, self.tokens)

@@ -1,0 +1,197 @@
+"""Conversions: the command line's own `convert` in a process of its own, watched through the files it writes.
+
+A process can be ended at any moment, and what it wrote stays: checkpoints, log and settings. One at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from app.errors import UserError
+from modification.loading import load_dense_or_mod
+from modification.measure.memory import available_bytes
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
+_POLL = 0.5
+_PASSES = 4.0  # a training step's work over one forward pass: student forward and twice that backward, teacher forward
+_COPIES = 5  # float32 numbers per weight: student, teacher, gradient and Adam's two moments
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A conversion as the user asked for it."""
+
+    parent: str
+    name: str
+    data: str
+    layers: str = "inner"
+    tokens: int = 300_000
+    block: int = 256
+    batch: int = 8
+    resume: bool = False
+
+    def command(self, out: Path) -> list[str]:
+        """The same conversion on the command line."""
+        words = [
+            "-m", "modification", "convert", self.parent, str(out), "--data", self.data, "--layers", self.layers,
+            "--tokens", str(self.tokens), "--block", str(self.block), "--batch", str(self.batch),
+        ]
+        return [*words, "--resume"] if self.resume else words
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return self.tokens // (self.block * self.batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a conversion stands.
+
+    Attributes:
+        log: one record per ten steps: step, loss parts, load, and load per MoD layer.
+        seconds: since it was started.
+        left: seconds still to go, estimated from the steps so far; None before the first record.
+        ended: how it ended, as a sentence; empty while it goes on.
+        failed: whether that is an error.
+    """
+
+    steps: int
+    log: tuple[dict[str, Any], ...] = ()
+    seconds: float = 0.0
+    left: float | None = None
+    ended: str = ""
+    failed: bool = False
+
+
+@dataclass(slots=True)
+class Conversions:
+    """Starts conversions into ``folder``, one at a time."""
+
+    folder: Path
+    _busy: threading.Lock = field(default_factory=threading.Lock)
+
+    def finished(self) -> dict[str, Path]:
+        """Converted models in the folder, by name."""
+        return {path.parent.name: path.parent for path in sorted(self.folder.glob("*/report.json"))}
+
+    def estimate(self, plan: Plan) -> tuple[float, float, int]:
+        """Seconds and bytes that a conversion will take, and bytes that are free.
+
+        Estimated from a measured forward pass and the model's size; what is free is measured.
+
+        Raises:
+            UserError: the parent can't be loaded.
+        """
+        self.check(plan)
+        try:
+            model, _ = load_dense_or_mod(plan.parent, dtype=torch.float32)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        count = sum(p.numel() for p in model.parameters())
+        ids = torch.zeros(plan.batch, plan.block, dtype=torch.long)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            with torch.inference_mode():
+                model(input_ids=ids, use_cache=False)
+            times.append(time.perf_counter() - start)
+        config: Any = model.config
+        logits = 3 * 4 * plan.batch * plan.block * config.vocab_size
+        hidden = 4 * 20 * plan.batch * plan.block * config.hidden_size * config.num_hidden_layers
+        taken = 4.0 * count * _COPIES + logits + hidden
+        return float(np.median(times)) * _PASSES * plan.steps, taken, available_bytes()
+
+    def check(self, plan: Plan) -> Path:
+        """The folder that the plan writes to.
+
+        Raises:
+            UserError: a name, number or text file that will not do.
+        """
+        if not NAME.fullmatch(plan.name):
+            raise UserError(
+                f"{plan.name!r} is no name for a model folder: use letters, digits, dots, dashes and underscores, "
+                "at most 64."
+            )
+        if plan.parent.startswith("-"):
+            raise UserError(f"{plan.parent} is neither a folder here nor a Hub id of the form owner/name.")
+        if plan.steps < 10:
+            raise UserError(
+                f"{plan.tokens:,} tokens are {plan.steps} steps of {plan.block * plan.batch:,}: give at least "
+                f"{10 * plan.block * plan.batch:,}."
+            )
+        if not Path(plan.data).is_file():
+            raise UserError(f"There is no text file at {plan.data}. Upload one, or give its path.")
+        return self.folder / plan.name
+
+    def run(self, plan: Plan) -> Iterator[Progress]:
+        """Convert; progress until the end. Closing the iterator ends the process and keeps its last checkpoint.
+
+        Raises:
+            UserError: a plan that will not do, or another conversion that is going on.
+        """
+        out = self.check(plan)
+        if not self._busy.acquire(blocking=False):
+            raise UserError("Another conversion is going on here, and one at a time is all that fits. Try later.")
+        try:
+            yield from self._watch(plan, out)
+        finally:
+            self._busy.release()
+
+    def _watch(self, plan: Plan, out: Path) -> Iterator[Progress]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        output = self.folder / f"{plan.name}.out"
+        began = time.monotonic()
+        with output.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                [sys.executable, *plan.command(out)], stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                cwd=Path(__file__).resolve().parents[2],
+            )
+        try:
+            fresh = len(_log(out / "log.jsonl")) if plan.resume else 0
+            while (code := process.poll()) is None:
+                yield _progress(plan, out, began, fresh)
+                time.sleep(_POLL)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(20)
+        end, failed = f"Converted: {out}", False
+        if code:
+            end, failed = _last_words(output), True
+        now = _progress(plan, out, began, fresh)
+        yield Progress(plan.steps, now.log, now.seconds, 0.0, end, failed)
+
+
+def _progress(plan: Plan, out: Path, began: float, fresh: int) -> Progress:
+    log, seconds = _log(out / "log.jsonl"), time.monotonic() - began
+    left = None
+    if len(log) > fresh:
+        done = log[-1]["step"] - (log[fresh - 1]["step"] if fresh else 0)
+        left = seconds / done * (plan.steps - log[-1]["step"])
+    return Progress(plan.steps, tuple(log), seconds, left)
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    """The records that are whole; the last line may still be under way."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines if line]
+
+
+def _last_words(output: Path) -> str:
+    """The sentence that a failed command ended with."""
+    lines = [line.strip() for line in output.read_text(encoding="utf-8", errors="replace").splitlines()]
+    said = next((line for line in reversed(lines) if line), "it said nothing")
+    return f"The conversion failed: {said.removeprefix('error: ')}"

@@ -1,0 +1,340 @@
+"""The service: models, sessions, queue and everything that a page may ask for.
+
+A run belongs to the iterator that made it: closing the iterator frees its cache and its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from app.errors import UserError
+from app.service import measuring
+from app.service.chats import Chats, Conversation, answer
+from app.service.conversions import Conversions, Plan, Progress
+from app.service.jobs import Finished, Report, in_background
+from app.service.library import Library, Loaded, Options
+from app.service.requests import Dial, Limits, Request
+from app.service.runs import Update, stream_tape
+from app.service.turnstile import Turnstile
+from app.talk import ChatTape
+from app.tape import summary, tape_of_trace
+from modification import RoutingTrace
+from modification.config import check_threshold
+from modification.measure.estimate import Estimate
+
+DENSE = "p = 0"  # the dense side of a chat where no parent is at hand: the same model with every layer run
+
+
+class Service:
+    """What the tabs talk to.
+
+    Args:
+        shipped: model folders, or Hub ids, by the name shown.
+        traces: folder of example traces.
+        limits: bounds.
+        converted: folder into which models are converted; those in it are listed too.
+    """
+
+    def __init__(
+        self, shipped: dict[str, Path | str], traces: Path | None = None, limits: Limits | None = None,
+        converted: Path | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.conversions = Conversions(converted or Path("converted"))
+        self.library = Library({**self.conversions.finished(), **shipped}, self.limits)
+        self.traces = traces
+        self._dials: dict[str, Dial] = {}
+        self._chats = Chats(self.limits)
+        self._turnstile = Turnstile(self.limits.running, self.limits.waiting)
+
+    # Models
+
+    def names(self) -> list[str]:
+        """Listed models, by name."""
+        return list(self.library.listed)
+
+    def parent_of(self, name: str) -> str | None:
+        """The listed dense parent of a model, by its name without ``-MoD``."""
+        parent = name.removesuffix("-MoD")
+        return parent if parent != name and parent in self.library.listed else None
+
+    def source_of(self, name: str) -> str:
+        """The folder or Hub id behind a model's name."""
+        return str(self.library.listed.get(name.strip(), name.strip()))
+
+    def mod_layers(self, name: str) -> tuple[int, ...]:
+        """Indices of a model's MoD layers without loading it; empty where that can't be told."""
+        return self.library.mod_layers(name)
+
+    def open(self, name: str) -> Loaded:
+        """The model of that name, folder or Hub id."""
+        return self.library.open(name)
+
+    def load(self, name: str) -> Iterator[Update]:
+        """Load a model: seconds so far, then a description as the result."""
+        for seconds in self.library.loading(name):
+            yield Update(loading=seconds)
+        loaded = self.library.open(name)
+        rows, report = measuring.layer_rows(loaded), measuring.report_of(loaded.source)
+        yield Update(result=(loaded.describe(), rows, report, measuring.card_of(loaded.source)))
+
+    def label(self, source: str, dtype: str | None, quantization: str | None, device: str | None) -> str:
+        """The name under which a model with such options is looked up."""
+        return Options(dtype, quantization, device).label(source)
+
+    def keep_tidy(self, every: float = 30.0) -> threading.Thread:
+        """Start letting go of unused models in the background."""
+        def tidy() -> None:
+            while not pause.wait(every):
+                self.library.unload_idle()
+
+        pause = threading.Event()
+        thread = threading.Thread(target=tidy, daemon=True)
+        thread.start()
+        return thread
+
+    # Traces
+
+    def example(self) -> str:
+        """The tape of the first shipped example, or an empty one."""
+        paths = sorted(self.traces.glob("*.json")) if self.traces and self.traces.is_dir() else []
+        return tape_of_trace(RoutingTrace.from_json(paths[0].read_text(encoding="utf-8"))) if paths else ""
+
+    def read_trace(self, data: bytes) -> str:
+        """The tape of a trace that a user brings.
+
+        Raises:
+            UserError: too large, or no trace.
+        """
+        if len(data) > self.limits.trace_bytes:
+            raise UserError(
+                f"The file has {len(data) / 1e6:.1f} MB; traces of at most {self.limits.trace_bytes / 1e6:.0f} MB are "
+                "read."
+            )
+        try:
+            return tape_of_trace(RoutingTrace.from_json(data.decode("utf-8")))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"This file can't be shown: {error}. Load a JSON file that this app exported.") from error
+
+    # Explore
+
+    def set_p(self, session: str, p: float, shifts: Sequence[float] | None = None) -> float:
+        """Move a session's dial: its run in progress, if any, reads it at the next token."""
+        value = check_threshold(p)
+        if (dial := self._dials.get(session)) is not None:
+            dial.p = value
+            if shifts is not None:
+                dial.shifts = tuple(shifts)[: len(dial.shifts)] if dial.shifts else ()
+        return value
+
+    def run(self, session: str, p: float, request: Request) -> Iterator[Update]:
+        """Generate: places in the queue first, then a tape that grows token by token.
+
+        Raises:
+            UserError: an empty or overlong prompt, a model that can't be loaded, a full queue.
+        """
+        prompt = self.limits.check_prompt(request.prompt)
+        with self._dial(session, Dial(check_threshold(p), request.shifts)) as dial, self._place() as line:
+            yield from line
+            yield from self._load(request.model)
+            with self.library.lend(request.model) as loaded:
+                for tape in stream_tape(loaded, dial, prompt, request, self.limits):
+                    yield Update(tape=tape.text)
+
+    def generate(self, p: float, request: Request) -> dict[str, Any]:
+        """A whole run for a program: its text and last figures; see :meth:`run`."""
+        tape = ""
+        for update in self.run(f"api-{secrets.token_hex(8)}", p, request):
+            tape = update.tape or tape
+        return summary(tape)
+
+    # Chat
+
+    def chat(
+        self, session: str, models: tuple[str, str], p: float, request: Request, blind: bool = False,
+        turns: int | None = None,
+    ) -> Iterator[Update]:
+        """Both models answer ``request.prompt``: the left one at p = 0, the right one at p, or the other way round
+        if ``blind`` says so by lot. ``turns``: first take back all turns but so many.
+
+        Raises:
+            UserError: an empty message, a model that can't be loaded, a full context or queue.
+        """
+        message = self.limits.check_prompt(request.prompt)
+        key = f"{session}/chat"
+        with self._dial(key, Dial(check_threshold(p))) as dial, self._place() as line:
+            yield from line
+            for name in models:
+                yield from self._load(name)
+            with self.library.lend(models[0]) as dense, self.library.lend(models[1]) as routed:
+                conversation, swapped = self._conversation(session, (dense, routed), blind)
+                if turns is not None:
+                    conversation.cut(turns)
+                sides, dials = (dense, routed), (Dial(0.0), dial)
+                if swapped:
+                    sides, dials = (routed, dense), (dial, Dial(0.0))
+                for tape in answer(conversation, sides, message, dials, request, self.limits):
+                    yield Update(tape=tape)
+
+    def chat_tape(self, session: str) -> str:
+        """The session's conversation as it stands."""
+        conversation = self._chats.of(session)
+        return "" if conversation is None else conversation.tape.text
+
+    def chat_turns(self, session: str) -> list[str]:
+        """The session's messages so far."""
+        conversation = self._chats.of(session)
+        return [] if conversation is None else [turn.message for turn in conversation.turns]
+
+    def chat_record(self, session: str) -> list[dict[str, Any]]:
+        """The session's turns for a program: message, answers, figures."""
+        conversation = self._chats.of(session)
+        return [] if conversation is None else [
+            {"message": turn.message, "answers": list(turn.answers),
+             "figures": [None if one is None else one.to_dict() for one in turn.figures]}
+            for turn in conversation.turns
+        ]
+
+    def cut_chat(self, session: str, turns: int) -> str:
+        """Take back all turns of a conversation but so many; its tape."""
+        conversation = self._chats.of(session)
+        if conversation is not None:
+            conversation.cut(max(0, turns))
+        return self.chat_tape(session)
+
+    def close(self, session: str) -> None:
+        """A session ends: its conversation and caches go."""
+        self._chats.close(session)
+
+    def _conversation(self, session: str, models: tuple[Loaded, Loaded], blind: bool) -> tuple[Conversation, bool]:
+        """The session's conversation with these models, begun anew if they or the mode changed; whether its sides are
+        swapped."""
+        names = (f"{models[0].name}, every layer", f"{models[1].name}, routed at p")
+        found = self._chats.of(session)
+        if found is None or set(found.names) != set(names) or found.tape.blind != blind:
+            shown = names if not (blind and secrets.randbelow(2)) else names[::-1]
+            found = Conversation(shown, ChatTape(shown, blind))
+        self._chats.put(session, found)
+        return found, found.names != names
+
+    # Measuring
+
+    def sweep(
+        self, model: str, parent: str | None, text: str, grid: Sequence[float], within: float
+    ) -> Iterator[Update]:
+        """A text over a grid of p: the sweep so far, again and again; the last is whole."""
+        with self._place() as line:
+            yield from line
+            yield from self._both(model, parent)
+            with contextlib.ExitStack() as kept:
+                loaded = kept.enter_context(self.library.lend(model))
+                dense = kept.enter_context(self.library.lend(parent)) if parent else None
+                work = functools.partial(
+                    measuring.sweep_text, loaded, dense, text, grid, within, self.limits
+                )
+                yield from _reports(lambda report: work(report=report))
+
+    def bench(
+        self, model: str, parent: str | None, contexts: Sequence[int], loads: Sequence[float], new_tokens: int,
+        rounds: int, stock: bool,
+    ) -> Iterator[Update]:
+        """Time a model against its dense parent: sentences, then the results."""
+        with self._place() as line:
+            yield from line
+            yield from self._both(model, parent)
+            with contextlib.ExitStack() as kept:
+                loaded = kept.enter_context(self.library.lend(model))
+                dense = kept.enter_context(self.library.lend(parent)) if parent else None
+                work = functools.partial(
+                    measuring.bench_model, loaded, dense, contexts, loads, new_tokens, rounds, stock
+                )
+                yield from _reports(lambda report: work(report=report))
+
+    def estimate(
+        self, source: str, context: int, batch: int, load: float, dtype: str, layers: str, device: str
+    ) -> Estimate:
+        """Cost of any shape on paper; UserError says what is out of bounds."""
+        return measuring.estimate_config(source, context, batch, load, dtype, layers, device, self.limits.free_models)
+
+    def presets(self) -> list[str]:
+        """Shapes that estimates know by name."""
+        return measuring.known_presets()
+
+    def devices(self) -> list[str]:
+        """Devices that estimates know."""
+        return measuring.known_devices()
+
+    # Conversion
+
+    def convert(self, plan: Plan) -> Iterator[Progress]:
+        """Convert a model; it is listed when done."""
+        self._may_convert()
+        self.library.check(plan.parent)
+        for progress in self.conversions.run(self._resolved(plan)):
+            if progress.ended and not progress.failed:
+                self.library.listed.update(self.conversions.finished())
+            yield progress
+
+    def estimate_conversion(self, plan: Plan) -> tuple[float, float, int]:
+        """Seconds and bytes that it will take (estimated), and bytes that are free (measured)."""
+        self._may_convert()
+        self.library.check(plan.parent)
+        return self.conversions.estimate(self._resolved(plan))
+
+    def _may_convert(self) -> None:
+        if not self.limits.convert:
+            raise UserError(
+                "Models are not converted on a shared app. At home: python -m modification convert PARENT OUT "
+                "--data TEXT"
+            )
+
+    def _resolved(self, plan: Plan) -> Plan:
+        return dataclasses.replace(plan, parent=str(self.library.listed.get(plan.parent, plan.parent)))
+
+    # Shared parts
+
+    @contextlib.contextmanager
+    def _dial(self, key: str, dial: Dial) -> Iterator[Dial]:
+        self._dials[key] = dial
+        try:
+            yield dial
+        finally:
+            if self._dials.get(key) is dial:
+                del self._dials[key]
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[Iterator[Update]]:
+        """A place on the machine; the iterator within tells how many are ahead, until it is this one's turn."""
+        ticket = object()
+        self._turnstile.join(ticket)
+
+        def line() -> Iterator[Update]:
+            while (ahead := self._turnstile.wait(ticket, 0.4)) is not None:
+                yield Update(waiting=ahead)
+
+        try:
+            yield line()
+        finally:
+            self._turnstile.leave(ticket)
+
+    def _load(self, name: str) -> Iterator[Update]:
+        for seconds in self.library.loading(name):
+            yield Update(loading=seconds)
+
+    def _both(self, model: str, parent: str | None) -> Iterator[Update]:
+        for name in filter(None, (model, parent)):
+            yield from self._load(name)
+
+
+def _reports(work: Callable[[Report], Any]) -> Iterator[Update]:
+    with contextlib.closing(in_background(work)) as reports:
+        for found in reports:
+            if found is not None:
+                yield Update(result=found.value if isinstance(found, Finished) else found)

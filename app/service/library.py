@@ -1,0 +1,269 @@
+"""Models in memory: loaded once, shared between users, let go when unused."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.errors import UserError
+from app.service.requests import Limits
+from modification import MoDModel
+from modification.config import MoDConfig
+from modification.executor import executor_of
+from modification.loading import as_mod, check_folder, load_dense_or_mod, resolve
+from modification.measure.cost import ModelShape
+from modification.measure.memory import available_bytes, weight_bytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTIZATIONS = ("4bit", "8bit")
+DEVICES = ("cpu", "cuda")
+_CHOICE = re.compile(r"(?P<source>.*?)(?: \[(?P<options>[a-z0-9, ]+)\])?")
+_LOAD_ROOM = 1.2  # files are read into buffers beside the weights
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a model is loaded; None leaves the choice to the files and the machine."""
+
+    dtype: str | None = None
+    quantization: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for value, known in ((self.dtype, DTYPES), (self.quantization, QUANTIZATIONS), (self.device, DEVICES)):
+            if value is not None and value not in known:
+                raise UserError(f"{value!r} is no way to load a model: choose among {', '.join(known)}.")
+
+    def label(self, source: str) -> str:
+        """The source with what was chosen in brackets; :func:`parse` reads it back."""
+        chosen = [value for value in (self.dtype, self.quantization, self.device) if value]
+        return f"{source} [{', '.join(chosen)}]" if chosen else source
+
+
+def parse(choice: str) -> tuple[str, Options]:
+    """A model choice such as ``folder [bf16, 4bit]`` as source and options."""
+    found = _CHOICE.fullmatch(choice.strip())
+    if found is None:
+        raise UserError("A model's name is one line: a listed name, a folder or owner/name.")
+    source, chosen = found["source"], dict[str, str]()
+    kinds = {"dtype": DTYPES, "quantization": QUANTIZATIONS, "device": DEVICES}
+    for word in filter(None, (part.strip() for part in (found["options"] or "").split(","))):
+        kind = next((kind for kind, known in kinds.items() if word in known), None)
+        if kind is None:
+            known = ", ".join(word for words in kinds.values() for word in words)
+            raise UserError(f"{word!r} is no way to load a model: choose among {known}.")
+        chosen[kind] = word
+    return source, Options(**chosen)
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A model in memory, shared between users; ``lock`` gives one step at a time."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    shape: ModelShape
+    trained: bool = True
+    source: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
+    used: float = field(default_factory=time.monotonic)
+
+    def describe(self) -> str:
+        """A line about the model."""
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        line = (
+            f"{self.name}: {millions:.1f} M parameters, {self.shape.depth} layers, "
+            f"{len(self.shape.mod_layers)} of them MoD layers, context {self.context:,} tokens"
+        )
+        line += f", executor {executor_of(self.model).note}"
+        if not self.trained:
+            line += ". A dense model: its routers are untrained, so p is no useful dial. Convert it first."
+        return line
+
+    @property
+    def anchors(self) -> int:
+        """Leading tokens that always run."""
+        return int(self.model.mod_config.anchors)
+
+    @property
+    def context(self) -> int:
+        """Longest prompt plus continuation, in tokens."""
+        return int(self.model.config.max_position_embeddings)
+
+
+class Library:
+    """Models by name, folder or Hub id.
+
+    Args:
+        listed: model folders, or Hub ids, by the name shown.
+        limits: how many are held, for how long, and whether others than the listed may be opened.
+    """
+
+    def __init__(self, listed: dict[str, Path | str], limits: Limits) -> None:
+        self.listed, self.limits = dict(listed), limits
+        self._models: dict[str, Loaded] = {}
+        self._loading: dict[str, _Loading] = {}
+        self._table = threading.Lock()
+        self._turn = threading.Lock()  # one load at a time
+
+    def held(self) -> list[str]:
+        """Names of the models in memory, the least recently used first."""
+        with self._table:
+            return list(self._models)
+
+    @contextlib.contextmanager
+    def lend(self, name: str) -> Iterator[Loaded]:
+        """The model of that name, kept in memory until given back.
+
+        Raises:
+            UserError: it can't be loaded; the message says why.
+        """
+        loaded = self.open(name)
+        with self._table:
+            loaded.users += 1
+        try:
+            yield loaded
+        finally:
+            with self._table:
+                loaded.users -= 1
+                loaded.used = time.monotonic()
+
+    def open(self, name: str) -> Loaded:
+        """The model, loaded if need be."""
+        for _ in self.loading(name):
+            pass
+        found = self._held(name.strip())
+        return found if found is not None else self.open(name)  # dropped between the two: again
+
+    def loading(self, name: str) -> Iterator[float]:
+        """Load a model in the background: the seconds so far, until it is there. Whoever stops reading leaves the
+        load to finish for the next one who asks.
+
+        Raises:
+            UserError: it can't be loaded.
+        """
+        key = self.check(name)
+        if self._held(key) is not None:
+            return
+        with self._table:
+            job = self._loading.get(key)
+            if job is None:
+                job = self._loading[key] = _Loading()
+                threading.Thread(target=self._work, args=(key, job), daemon=True).start()
+        while not job.done.wait(0.25):
+            yield time.monotonic() - job.began
+        if job.error is not None:
+            raise UserError(job.error)
+
+    def check(self, name: str) -> str:
+        """The name as it is looked up; UserError if nothing can be loaded by it."""
+        key = name.strip() if isinstance(name, str) else ""
+        if not key:
+            raise UserError("Choose a model, or type the path of a model folder.")
+        source, _ = parse(key)
+        if source not in self.listed and not self.limits.free_models:
+            raise UserError(f"{source} is not among the models offered here. Choose one from the list.")
+        return key
+
+    def needs(self, name: str) -> tuple[int, int]:
+        """Bytes that loading a model takes (estimated), and bytes that are free (measured).
+
+        Raises:
+            UserError: no such model.
+        """
+        source, options = parse(self.check(name))
+        try:
+            path = resolve(self.listed.get(source, source))
+            taken = weight_bytes(path, DTYPES.get(options.dtype or ""), options.quantization)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return int(taken * _LOAD_ROOM), available_bytes(options.device)
+
+    def mod_layers(self, name: str) -> tuple[int, ...]:
+        """Indices of a model's MoD layers, from memory or from its folder's config; empty where that can't be told."""
+        try:
+            key = self.check(name)
+            if (found := self._held(key)) is not None:
+                return found.shape.mod_layers
+            folder = Path(self.listed.get(parse(key)[0], parse(key)[0]))
+            config = check_folder(folder)
+            return MoDConfig.from_dict(config["mod"]).layer_indices(int(config["num_hidden_layers"]))
+        except (UserError, ValueError, KeyError, TypeError, OSError):
+            return ()
+
+    def unload_idle(self, now: float | None = None) -> list[str]:
+        """Let go of models that nobody has used for a while; their names."""
+        now = time.monotonic() if now is None else now
+        with self._table:
+            idle = [k for k, m in self._models.items() if not m.users and now - m.used > self.limits.idle]
+            for key in idle:
+                del self._models[key]
+        return idle
+
+    def _held(self, key: str) -> Loaded | None:
+        """A model in memory, marked as used last."""
+        with self._table:
+            if key in self._models:
+                self._models[key] = self._models.pop(key)
+                self._models[key].used = time.monotonic()
+            return self._models.get(key)
+
+    def _work(self, key: str, job: _Loading) -> None:
+        try:
+            with self._turn:
+                self._put(key, self._load(key))
+        except UserError as error:
+            job.error = str(error)
+        except Exception as error:
+            job.error = f"{key} could not be loaded: {type(error).__name__}."
+            raise
+        finally:
+            with self._table:
+                self._loading.pop(key, None)
+            job.done.set()
+
+    def _put(self, key: str, loaded: Loaded) -> None:
+        with self._table:
+            spare = [name for name, model in self._models.items() if not model.users]
+            while len(self._models) >= self.limits.models and spare:
+                del self._models[spare.pop(0)]
+            self._models[key] = loaded
+
+    def _load(self, key: str) -> Loaded:
+        taken, free = self.needs(key)
+        if taken > free:
+            raise UserError(
+                f"{key} needs about {taken / 1e9:.1f} GB (estimated) and {free / 1e9:.1f} GB are free: choose a "
+                "smaller model, 4-bit or 8-bit weights, or close something."
+            )
+        source, options = parse(key)
+        try:
+            found, tokenizer = load_dense_or_mod(
+                self.listed.get(source, source), dtype=DTYPES.get(options.dtype or ""),
+                quantization=options.quantization,  # type: ignore[arg-type]
+                device_map={"": options.device} if options.device else None,
+            )
+            trained, model = isinstance(found, MoDModel), as_mod(found)
+            executor_of(model)  # compiled and checked now, not in the first run
+            shown = str(self.listed.get(source, source))
+            return Loaded(options.label(source), model, tokenizer, ModelShape.of(model), trained, shown)
+        except ValueError as error:  # LoadError and ConversionError are sentences too
+            raise UserError(str(error)) from error
+
+
+class _Loading:
+    """A load under way."""
+
+    def __init__(self) -> None:
+        self.done, self.began, self.error = threading.Event(), time.monotonic(), None  # type: ignore[var-annotated]
+        self.error: str | None

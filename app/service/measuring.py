@@ -1,0 +1,159 @@
+"""Sweeps, benches and estimates: the engine's measurements on behalf of a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.errors import UserError
+from app.service.jobs import Report
+from app.service.library import DTYPES, Loaded
+from app.service.requests import Limits
+from modification.conversion.data import pack
+from modification.measure.bench import Result, bench, dense_twin
+from modification.measure.estimate import Estimate, config_of, devices, estimate, own_layers
+from modification.measure.presets import presets
+from modification.measure.quality import evaluate
+from modification.measure.tradeoff import Point, largest_within, point
+
+LEAST_TOKENS, BLOCK = 32, 512
+_CARD = 50_000  # characters of a model card that are shown
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A text's points over p so far, and the dense parent's loss on it.
+
+    Attributes:
+        dense: nats per token of the dense parent; of the model at p = 0 where no parent was given.
+        parent: what ``dense`` is the loss of.
+        tokens: scored.
+        within: share by which the loss may exceed ``dense``, and the point with the largest p that stays within.
+    """
+
+    points: tuple[Point, ...]
+    dense: float
+    parent: str
+    tokens: int
+    within: float
+    best: Point | None
+
+
+def sweep_text(
+    loaded: Loaded, parent: Loaded | None, text: str, grid: Sequence[float], within: float, limits: Limits,
+    report: Report,
+) -> Sweep:
+    """Measure a text over a grid of p; reports the sweep as it grows.
+
+    Raises:
+        UserError: a text too short or a grid out of bounds.
+    """
+    blocks = _blocks(loaded, text, limits)
+    if not grid or not all(0 <= p <= 1 for p in grid):
+        raise UserError(f"The grid {list(grid)} has to be one or more numbers from 0 to 1.")
+    name = f"{parent.name} (dense)" if parent else f"{loaded.name} at p = 0"
+    with (parent or loaded).lock:
+        dense = evaluate((parent or loaded).model, _blocks(parent, text, limits) if parent else blocks, 0.0).loss
+    points: list[Point] = []
+    for p in grid:
+        with loaded.lock:
+            points.append(point(loaded.model, blocks, p))
+        found = Sweep(tuple(points), dense, name, int(blocks.size), within, largest_within(points, dense, within))
+        report(found)
+    return found
+
+
+def _blocks(loaded: Loaded, text: str, limits: Limits) -> Any:
+    ids = list(loaded.tokenizer(text)["input_ids"])
+    if len(ids) < LEAST_TOKENS:
+        raise UserError(f"The text has {len(ids)} tokens; a sweep wants at least {LEAST_TOKENS}. Give more text.")
+    count = -(-len(ids) // min(BLOCK, loaded.context))  # as few blocks as will do, alike, so that little is cut off
+    width = len(ids) // count
+    return pack([ids], width, limits.text_tokens)
+
+
+def bench_model(
+    loaded: Loaded, parent: Loaded | None, contexts: Sequence[int], loads: Sequence[float], new_tokens: int,
+    rounds: int, stock: bool, report: Report,
+) -> list[Result]:
+    """Time a model against its dense parent; reports sentences, gives the results.
+
+    Raises:
+        UserError: a value out of bounds.
+    """
+    dense = parent.model if parent is not None else dense_twin(loaded.model)
+    try:
+        with loaded.lock:
+            return bench(
+                loaded.model, dense, contexts=contexts, batches=[1], loads=loads, new_tokens=new_tokens,
+                rounds=rounds, stock=stock, say=report, tell=report,
+            )
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+
+
+def estimate_config(
+    source: str, context: int, batch: int, load: float, dtype: str, layers: str | None, device: str, anything: bool
+) -> Estimate:
+    """Cost of any config on paper; of presets alone unless ``anything``.
+
+    Raises:
+        UserError: no such config, or a value out of bounds.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"{dtype!r} is no data type here: choose among {', '.join(DTYPES)}.")
+    if not anything and source not in presets():
+        raise UserError(f"{source} is not among the shapes offered here. Choose one from the list.")
+    if device not in devices():
+        raise UserError(f"{device!r} is no device here: choose among {', '.join(devices())}.")
+    try:
+        config = config_of(source.strip())
+        return estimate(
+            config, context=context, batch=batch, load=load, dtype=DTYPES[dtype], device=devices()[device],
+            layers=own_layers(config) if layers in (None, "", "own") else layers,  # type: ignore[arg-type]
+        )
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+
+
+def known_presets() -> list[str]:
+    """Names of the shapes that ship with the engine."""
+    return list(presets())
+
+
+def known_devices() -> list[str]:
+    """Names of the devices that estimates know."""
+    return list(devices())
+
+
+def layer_rows(loaded: Loaded) -> list[list[str]]:
+    """One row a layer: index, kind, class and parameters."""
+    rows = []
+    for index, layer in enumerate(loaded.model.family.decoder_layers(loaded.model)):
+        routed = index in loaded.shape.mod_layers
+        count = sum(p.numel() for n, p in layer.named_parameters() if not n.startswith("router."))
+        rows.append([str(index), "MoD layer" if routed else "dense", type(layer).__name__, f"{count:,}"])
+    return rows
+
+
+def report_of(folder: str) -> dict[str, Any]:
+    """A converted model's report.json, or nothing."""
+    path = Path(folder) / "report.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def card_of(folder: str) -> str:
+    """A model folder's card without its front matter."""
+    path = Path(folder) / "README.md"
+    try:
+        text = path.read_text(encoding="utf-8")[:_CARD] if path.is_file() else ""
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    return text.split("---\n", 2)[-1].strip() if text.startswith("---\n") else text or "No card beside this model."

@@ -1,0 +1,81 @@
+"""What users ask for and what bounds it: frozen records, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from app.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of a shared app.
+
+    Attributes:
+        running: generations that take turns on the models at once.
+        waiting: generations that may wait for a place.
+        prompt_characters: longest prompt.
+        new_tokens: longest continuation.
+        models: models held in memory.
+        idle: seconds after which a model that nobody uses is unloaded.
+        chats: conversations whose caches are kept; the least recent goes first.
+        text_tokens: longest text of a sweep.
+        trace_bytes: largest trace that can be loaded.
+        frame: least seconds between two pictures of a run; a message a token would cost more than the token.
+        free_models: whether folders and Hub ids may be typed in; off, only listed models open.
+        convert: whether models may be converted here.
+    """
+
+    running: int = 2
+    waiting: int = 20
+    prompt_characters: int = 200_000
+    new_tokens: int = 2048
+    models: int = 3
+    idle: float = 900.0
+    chats: int = 16
+    text_tokens: int = 32_768
+    trace_bytes: int = 20_000_000
+    frame: float = 0.04
+    free_models: bool = True
+    convert: bool = True
+
+    def check_prompt(self, prompt: str) -> str:
+        """The prompt without blanks at its ends; UserError if it is empty or overlong."""
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError("The prompt is empty. Type something, or pick an example.")
+        if len(prompt) > self.prompt_characters:
+            raise UserError(
+                f"The prompt has {len(prompt):,} characters; at most {self.prompt_characters:,} are read. Shorten it."
+            )
+        return prompt.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation as the user asked for it.
+
+    Attributes:
+        shifts: what is added to p in each MoD layer, [M], or empty.
+    """
+
+    prompt: str
+    model: str
+    max_new_tokens: int = 300
+    temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int = 0
+    seed: int | None = None
+    chat: bool = True
+    shifts: tuple[float, ...] = ()
+
+
+class Dial:
+    """A session's threshold, readable while a run goes on; with a shift per MoD layer, a threshold for each."""
+
+    def __init__(self, p: float, shifts: tuple[float, ...] = ()) -> None:
+        self.p, self.shifts = p, shifts
+
+    def __call__(self) -> float | tuple[float, ...]:
+        if not any(self.shifts):
+            return self.p
+        return tuple(min(1.0, max(0.0, self.p + shift)) for shift in self.shifts)

@@ -1,0 +1,119 @@
+"""Benchmark: the loaded pair on the clock, and any other shape on paper."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from app.figures import bench_figure, estimate_figure
+from app.present import bench_rows, estimate_rows
+from app.service import Service
+from app.tabs.chat import dense_side
+from app.tabs.shared import DOWNLOAD_CSV, guarded, numbers, status, waiting
+
+OPENING = "Dense and routed alternate; p is set so that each load is hit. Nothing else should run meanwhile."
+HEADERS = [
+    "context", "side", "p", "load, prompt", "prefill, s", "decode, tokens/s", "±", "peak, MB", "KV stored, MB",
+    "speed-up, prefill", "speed-up, decode", "ideal, prefill (counted)", "ideal, decode (counted)",
+    "efficiency, prefill", "efficiency, decode",
+]
+PAPER = "### On paper\nAny shape, without loading it. **Every figure is estimated**: a roofline at the device's peak."
+
+
+class Benchmark:
+    """The tab's components and handlers."""
+
+    def __init__(self, service: Service, model: gr.Dropdown) -> None:
+        gr.Markdown("### On this machine\nEvery figure is measured, but the ideal, which is counted.")
+        with gr.Row():
+            self.contexts = gr.Textbox(label="Contexts, tokens", value="128, 512", elem_id="bench-contexts")
+            self.loads = gr.Textbox(label="Loads of the MoD layers", value="0.5, 0.25", elem_id="bench-loads")
+            self.new_tokens = gr.Number(label="Decode steps a round", value=32, precision=0, minimum=1)
+            self.rounds = gr.Number(label="Rounds", value=5, precision=0, minimum=1)
+            self.stock = gr.Checkbox(value=True, label="transformers' generate too")
+        with gr.Row():
+            self.go = gr.Button("Benchmark", variant="primary", elem_id="bench-go")
+            self.stop = gr.Button("Stop", variant="stop", elem_id="bench-stop")
+        self.status = gr.HTML(status(OPENING), elem_id="bench-status", apply_default_css=False)
+        self.plot = gr.Plot(show_label=False, elem_id="bench-plot")
+        self.table = gr.Dataframe(headers=HEADERS, interactive=False, elem_id="bench-table", label="Figures")
+        self.csv = gr.Button("CSV", size="sm", elem_id="bench-csv")
+        self._paper(service)
+        self._wire(service, model)
+
+    def _paper(self, service: Service) -> None:
+        gr.Markdown(PAPER)
+        with gr.Row():
+            self.shape = gr.Dropdown(
+                service.presets(), value="llama-2-7b", allow_custom_value=True, label="Shape",
+                info="A preset, a model folder, or owner/name on the Hub", elem_id="paper-shape", scale=2,
+            )
+            self.context = gr.Number(label="Context, tokens", value=4096, precision=0, minimum=1)
+            self.batch = gr.Number(label="Rows", value=1, precision=0, minimum=1)
+            self.load = gr.Slider(0, 1, value=0.5, step=0.01, label="Load of the MoD layers", elem_id="paper-load")
+        with gr.Row():
+            self.layers = gr.Radio(["own", "inner", "interleaved"], value="own", label="MoD layers",
+                                   info="own: the model's, or inner")
+            self.dtype = gr.Radio(["bf16", "fp16", "fp32"], value="bf16", label="Data type")
+            self.device = gr.Dropdown(service.devices(), value="h200", label="Device", elem_id="paper-device")
+        self.paper_status = gr.HTML(status("Change anything: the figures follow."), elem_id="paper-status",
+                                    apply_default_css=False)
+        self.paper_plot = gr.Plot(show_label=False, elem_id="paper-plot")
+        self.paper_table = gr.Dataframe(
+            headers=["estimated", "dense", "MoD", "dense / MoD"], interactive=False, elem_id="paper-table",
+            label="Figures",
+        )
+
+    def _wire(self, service: Service, model: gr.Dropdown) -> None:
+        private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        run = self.go.click(
+            _bench(service), [model, self.contexts, self.loads, self.new_tokens, self.rounds, self.stock],
+            [self.status, self.plot, self.table], concurrency_limit=None, trigger_mode="once", **private,
+        )
+        self.stop.click(lambda: status("Stopped."), None, self.status, cancels=[run], queue=False, **private)
+        self.csv.click(None, self.table, None, js=DOWNLOAD_CSV.replace("FILE", "bench.csv"), **private)
+        controls = [self.shape, self.context, self.batch, self.load, self.layers, self.dtype, self.device]
+        self.paper_inputs, self.paper_outputs = controls, [self.paper_status, self.paper_plot, self.paper_table]
+        self.on_paper = _estimate(service)
+        gr.on(
+            [control.change for control in controls], self.on_paper, controls, self.paper_outputs,
+            trigger_mode="always_last", **private,
+        )
+
+
+def _bench(service: Service) -> Any:
+    @guarded(lambda line: (line, gr.skip(), gr.skip()))
+    def bench(
+        model: str | None, contexts: str, loads: str, new_tokens: float, rounds: float, stock: bool
+    ) -> Iterator[tuple[Any, Any, Any]]:
+        name = model or ""
+        parent = dense_side(service, name, None)
+        yield status("Starting …", busy=True), None, None
+        updates = service.bench(
+            name, parent if parent != name else None, numbers(contexts, int, "Contexts"),
+            numbers(loads, float, "Loads"), int(new_tokens or 0), int(rounds or 0), stock,
+        )
+        with contextlib.closing(updates):
+            for update in updates:
+                if (line := waiting(update, name)) is not None:
+                    yield line, gr.skip(), gr.skip()
+                elif isinstance(update.result, str):
+                    yield status(f"Measuring: {update.result} rounds …", busy=True), gr.skip(), gr.skip()
+                elif update.result is not None:
+                    yield status("Done."), bench_figure(update.result), bench_rows(update.result)
+
+    return bench
+
+
+def _estimate(service: Service) -> Any:
+    @guarded(lambda line: (line, gr.skip(), gr.skip()))
+    def estimate(
+        shape: str | None, context: float | None, batch: float | None, load: float, layers: str, dtype: str, device: str
+    ) -> Iterator[tuple[Any, Any, Any]]:
+        found = service.estimate(shape or "", int(context or 0), int(batch or 0), load, dtype, layers, device)
+        yield status(f"{shape}, estimated."), estimate_figure(found), estimate_rows(found)
+
+    return estimate

@@ -1,0 +1,167 @@
+"""For programs: the same four things as endpoints with names, and as MCP tools."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+from typing import Any
+
+import gradio as gr
+
+from app.errors import UserError
+from app.service import Request, Service
+from app.tabs.chat import dense_side
+
+
+def build(service: Service) -> None:
+    """Add ``generate``, ``chat``, ``sweep`` and ``estimate`` to the current Blocks."""
+    for endpoint in (_generate(service), _chat(service), _sweep(service), _estimate(service)):
+        gr.api(endpoint, api_name=endpoint.__name__, concurrency_limit=None)
+
+
+def _default(service: Service, model: str) -> str:
+    return model or next(iter(service.names()), "")
+
+
+def _sentence(error: UserError) -> gr.Error:
+    return gr.Error(str(error), print_exception=False)
+
+
+def _generate(service: Service) -> Any:
+    def generate(
+        prompt: str, p: float = 0.5, model: str = "", max_new_tokens: int = 200, temperature: float = 0.0,
+        top_p: float = 1.0, top_k: int = 0, seed: int = 0, chat: bool = True,
+    ) -> dict:  # type: ignore[type-arg]
+        """Continue a prompt with a Mixture-of-Depths model.
+
+        Args:
+            prompt: the text to answer.
+            p: threshold from 0 (every layer runs) to 1; about 1 - p of the work is done.
+            model: a listed model, a folder or owner/name on the Hub; empty takes the first listed.
+            max_new_tokens: tokens to add at most.
+            temperature: 0 takes the likeliest token.
+            top_p: keep the likeliest tokens of this mass.
+            top_k: keep so many of the likeliest tokens; 0 keeps all.
+            seed: makes sampling repeatable; -1 draws a new one.
+            chat: put the prompt into the model's chat template.
+
+        Returns:
+            text, new_tokens, load (measured), kv_stored, kv_allocated and kv_dense in bytes, compute_saved (counted).
+        """
+        wanted = Request(
+            prompt, _default(service, model), max_new_tokens, temperature, top_p, top_k,
+            None if seed < 0 else seed, chat,
+        )
+        try:
+            return service.generate(p, wanted)
+        except UserError as error:
+            raise _sentence(error) from error
+
+    return generate
+
+
+def _chat(service: Service) -> Any:
+    def chat(
+        messages: list[str], p: float = 0.5, model: str = "", max_new_tokens: int = 200, temperature: float = 0.0,
+        seed: int = 0,
+    ) -> dict:  # type: ignore[type-arg]
+        """Ask the dense parent and the MoD model the same messages, side by side.
+
+        Args:
+            messages: what the user says, turn by turn; each is answered before the next.
+            p: threshold of the MoD model, from 0 to 1.
+            model: a listed MoD model, a folder or owner/name on the Hub; empty takes the first listed.
+            max_new_tokens: tokens of an answer at most.
+            temperature: 0 takes the likeliest token.
+            seed: makes sampling repeatable, the same for both; -1 draws a new one.
+
+        Returns:
+            names of the two sides, and per turn the message, both answers and both answers' figures.
+        """
+        name, session = _default(service, model), f"api-{secrets.token_hex(8)}"
+        turns: list[dict[str, Any]] = []
+        try:
+            if not messages:
+                raise UserError("messages is empty: give at least one.")
+            for message in messages:
+                wanted = Request(
+                    message, name, max_new_tokens, temperature, seed=None if seed < 0 else seed
+                )
+                pair = (dense_side(service, name, None), name)
+                with contextlib.closing(service.chat(session, pair, p, wanted)) as run:
+                    for _ in run:
+                        pass
+                turns = service.chat_record(session)
+            return {"sides": ["dense", "mod"], "turns": turns}
+        except UserError as error:
+            raise _sentence(error) from error
+        finally:
+            service.close(session)
+
+    return chat
+
+
+def _sweep(service: Service) -> Any:
+    def sweep(text: str, thresholds: list[float] | None = None, model: str = "", within: float = 0.02) -> dict:  # type: ignore[type-arg]
+        """Measure a text over thresholds: what skipping costs in loss, and what it saves.
+
+        Args:
+            text: at least 32 tokens.
+            thresholds: values of p from 0 to 1; by default 0, 0.1 and so on to 1.
+            model: a listed MoD model, a folder or owner/name on the Hub; empty takes the first listed.
+            within: share by which the loss may exceed the dense parent's.
+
+        Returns:
+            dense_loss (nats per token, measured), best_p (or null), and per p: loss, load, speed (measured), kv and
+            compute as shares of dense (counted).
+        """
+        name, grid = _default(service, model), thresholds or [round(0.1 * at, 1) for at in range(11)]
+        parent = dense_side(service, name, None)
+        try:
+            found = None
+            for update in service.sweep(name, parent if parent != name else None, text, grid, within):
+                found = update.result if update.result is not None else found
+        except UserError as error:
+            raise _sentence(error) from error
+        return {} if found is None else {
+            "dense_loss": found.dense, "dense": found.parent, "tokens": found.tokens,
+            "best_p": None if found.best is None else found.best.quality.p,
+            "points": [
+                {
+                    **dataclasses.asdict(one.quality), "kv": one.kv, "compute": one.compute,
+                    "tokens_per_second": one.speed,
+                }
+                for one in found.points
+            ],
+        }
+
+    return sweep
+
+
+def _estimate(service: Service) -> Any:
+    def estimate(
+        config: str, context: int = 4096, batch: int = 1, load: float = 0.5, dtype: str = "bf16", layers: str = "own",
+        device: str = "h200",
+    ) -> dict:  # type: ignore[type-arg]
+        """Memory, work and time of any model on paper, dense against MoD. Every figure is estimated.
+
+        Args:
+            config: a preset such as llama-2-7b, a model folder, or owner/name on the Hub.
+            context: tokens per row.
+            batch: rows.
+            load: share of tokens that run in each MoD layer, 0 to 1.
+            dtype: bf16, fp16 or fp32.
+            layers: own, inner or interleaved.
+            device: h200, h100, a100, l4, rtx4090 or cpu-2-cores.
+
+        Returns:
+            dense and mod, each with weights, kv and activations in bytes, FLOPs, bytes read and seconds.
+        """
+        try:
+            found = service.estimate(config, context, batch, load, dtype, layers, device)
+        except UserError as error:
+            raise _sentence(error) from error
+        return dataclasses.asdict(found)
+
+    return estimate

@@ -1,0 +1,73 @@
+"""What the tabs share: the status line, and handlers that answer errors with a sentence."""
+
+from __future__ import annotations
+
+import functools
+import html
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from app.errors import UserError
+from app.present import waiting_sentence
+from app.service import Update
+
+OOPS = "Something went wrong here; the model is free again. Check the settings and try once more."
+
+# Downloads a table that Gradio holds as {headers, data}; cells with a comma, quote or line break are quoted.
+DOWNLOAD_CSV = """(table) => {
+    const cell = (value) => /[",\\n]/.test(`${value}`) ? `"${`${value}`.replaceAll('"', '""')}"` : value;
+    const rows = [table.headers, ...table.data].map((row) => row.map(cell).join(','));
+    const link = document.createElement('a');
+    link.href = URL.createObjectURL(new Blob([rows.join('\\n') + '\\n'], {type: 'text/csv'}));
+    link.download = 'FILE';
+    link.click();
+    URL.revokeObjectURL(link.href);
+}"""
+
+
+def status(text: str, error: bool = False, busy: bool = False) -> str:
+    """A line for people, read out when it changes; ``busy`` adds a moving bar."""
+    kind = " error" if error else ""
+    bar = '<progress class="mod-busy" aria-label="At work"></progress>' if busy else ""
+    return f'<p class="mod-status{kind}" role="{"alert" if error else "status"}">{html.escape(text)}</p>{bar}'
+
+
+def waiting(update: Update, model: str) -> str | None:
+    """The status line while a request waits for a place or a model; None for other updates."""
+    if update.waiting is not None:
+        return status(waiting_sentence(update.waiting))
+    if update.loading is not None:
+        return status(f"Loading {model} … {update.loading:.0f} s. Stop leaves it loading for later.", busy=True)
+    return None
+
+
+def guarded(failed: Callable[[str], Any]) -> Callable[[Callable[..., Iterator[Any]]], Callable[..., Iterator[Any]]]:
+    """A decorator for generator handlers: whatever happens, the page gets ``failed(sentence)``."""
+
+    def around(handler: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        @functools.wraps(handler)
+        def safe(*arguments: Any) -> Iterator[Any]:
+            try:
+                yield from handler(*arguments)
+            except UserError as error:
+                yield failed(status(str(error), error=True))
+            except Exception:
+                # The log has the cause; the page gets a sentence, whatever happened.
+                logging.getLogger(__name__).exception("%s failed", handler.__name__)
+                yield failed(status(OOPS, error=True))
+
+        return safe
+
+    return around
+
+
+def numbers(text: str, kind: type[Any], what: str) -> list[Any]:
+    """Numbers with commas between them; UserError names what they are."""
+    try:
+        found = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"{what} {text!r}: give numbers with commas between them.") from None
+    if not found:
+        raise UserError(f"{what}: give at least one number.")
+    return found
