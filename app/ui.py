@@ -28,6 +28,7 @@ _HERE = Path(__file__).parent
 def build(service: Service, sample: Path | None = None) -> gr.Blocks:
     """The whole page, not yet launched; ``sample``: the folder with the shipped text."""
     with gr.Blocks(title="MoDification Studio", analytics_enabled=False) as demo:
+        programs.build(service)  # first: the names are theirs
         gr.Markdown(INTRO, elem_id="intro")
         model = gr.Dropdown(
             service.names(), value=next((n for n in service.names() if n.endswith("-MoD")), None) or next(
@@ -56,7 +57,6 @@ def build(service: Service, sample: Path | None = None) -> gr.Blocks:
         demo.load(benchmark.on_paper, benchmark.paper_inputs, benchmark.paper_outputs, api_visibility="private",
                   show_progress="hidden")
         demo.unload(_leave(service))
-        programs.build(service)
     demo.queue(max_size=4 * (service.limits.running + service.limits.waiting), default_concurrency_limit=None)
     return demo
 

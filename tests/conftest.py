@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -43,3 +45,34 @@ def stories_folder() -> Path:
     from builders import shared
 
     return shared("models", "stories260K")
+
+
+@pytest.fixture(scope="session")
+def url(tmp_path_factory) -> Iterator[str]:
+    """The app as `python app.py` starts it, one run at a time so that a queue can be seen."""
+    from browsing import served
+
+    folder = tmp_path_factory.mktemp("app")
+    with served(folder, "--running", "1", "--converted", str(folder / "converted")) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    from browsing import CHROMIUM, FLAGS
+
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, url) -> Iterator[Any]:
+    """A fresh visitor on the page; the test fails if the page logs an error."""
+    from browsing import visitor
+
+    with visitor(browser, f"{url}/?new_tokens=1500") as seen:  # long enough to be met under way
+        yield seen

@@ -1,137 +1,32 @@
-"""The app in headless Chromium: what a newcomer does, seen from the page."""
+"""Explore in headless Chromium: what a newcomer does, seen from the page."""
 
-import os
+import json
 import re
-import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from pathlib import Path
 
 import pytest
+from browsing import (
+    IN_A_BROWSER,
+    STORY,
+    answer,
+    columns,
+    few_tokens,
+    figure,
+    finished,
+    pixels,
+    run_id,
+    set_p,
+    start,
+    status,
+    visitor,
+    wait_until,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-MODELS = sorted((ROOT / "assets").glob("*-MoD/config.json"))
-playwright = pytest.importorskip("playwright.sync_api")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed (Debian: apt-get install chromium)"),
-    pytest.mark.skipif(not MODELS, reason="no MoD model is shipped in assets/"),
-]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    """The app as `python app.py` starts it, one generation at a time so that a queue can be seen."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = (tmp_path_factory.mktemp("app") / "log").open("w")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "0", "GRADIO_IS_E2E_TEST": "1"}
-    command = [sys.executable, "app.py", "--port", str(port), "--running", "1"]
-    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_until(lambda: answers(address) or server.poll() is not None, 120)
-        assert server.poll() is None, Path(log.name).read_text()
-        yield address
-    finally:
-        server.terminate()
-        server.wait(20)
+pytestmark = IN_A_BROWSER
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def page(browser, url):
-    """A fresh visitor on the page; the test fails if the page logs an error."""
-    with visitor(browser, url) as seen:
-        yield seen
-
-
-class visitor:
-    def __init__(self, browser, url, **options):
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-        self.page, self.errors = self.context.new_page(), []
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
-        self.page.goto(url)
-        self.page.wait_for_selector("#generate")
-
-    def __enter__(self):
-        return self.page
-
-    def __exit__(self, *failure):
-        self.context.close()
-        assert failure[0] or not self.errors, self.errors
-
-
-def answers(address):
-    try:
-        return urllib.request.urlopen(address, timeout=2).status == 200
-    except OSError:
-        return False
-
-
-def wait_until(holds, seconds=60):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.1)
-
-
-def columns(page):
-    return int(page.locator(".mod-canvas").get_attribute("data-columns") or 0)
-
-
-def run_id(page):
-    return page.locator(".mod-canvas").get_attribute("data-run")
-
-
-def figure(page, name):
-    return page.locator(f"[data-figure={name}]").inner_text()
-
-
-def status(page):
-    return page.locator("#status").inner_text()
-
-
-def set_p(page, value):
-    box = page.locator("#p input[type=number]")
-    box.fill(str(value))
-    box.press("Enter")
-
-
-def answer(page):
-    return "".join(page.locator(".mod-story span:not(.prompt)").all_inner_texts())
-
-
-def start(page, prompt="Write a bedtime story called `The Lantern in the Snow`.", p=0.5):
-    page.locator("#prompt textarea").fill(prompt)
-    set_p(page, p)
-    before = run_id(page)
-    page.click("#generate")
-    wait_until(lambda: run_id(page) != before and columns(page) > 30)
-
-
-def pixels(page):
-    """How many different colours the heatmap canvas shows."""
-    return page.evaluate("""() => {
-        const c = document.querySelector('.mod-canvas');
-        const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
-        const seen = new Set();
-        for (let i = 0; i < d.length; i += 4) if (d[i + 3]) seen.add(d[i] << 16 | d[i + 1] << 8 | d[i + 2]);
-        return seen.size; }""")
+def long_runs(url):
+    return f"{url}/?new_tokens=1500"
 
 
 def test_the_page_opens_on_a_recorded_run(page):
@@ -176,7 +71,7 @@ def test_stop_stops_and_frees_the_model(page):
 
 
 def test_a_second_visitor_waits_is_told_so_and_gets_a_text_of_their_own(browser, url):
-    with visitor(browser, url) as first, visitor(browser, url) as second:
+    with visitor(browser, long_runs(url)) as first, visitor(browser, long_runs(url)) as second:
         start(first, p=0)
         second.locator("#prompt textarea").fill("Write a campfire story called `The Light on the Pond`.")
         set_p(second, 0.8)
@@ -190,9 +85,9 @@ def test_a_second_visitor_waits_is_told_so_and_gets_a_text_of_their_own(browser,
 
 
 def test_closing_the_page_frees_the_model(browser, url):
-    with visitor(browser, url) as first:
+    with visitor(browser, long_runs(url)) as first:
         start(first)
-    with visitor(browser, url) as second:
+    with visitor(browser, long_runs(url)) as second:
         second.click("#generate")
         wait_until(lambda: "Streaming" in status(second))
         second.click("#stop")
@@ -206,7 +101,6 @@ def test_a_bad_prompt_is_a_sentence_on_the_page(page, prompt, sentence):
 
 
 def test_a_folder_that_is_no_model_is_a_sentence_on_the_page(page, tmp_path):
-    page.get_by_role("button", name="Model").click()
     page.locator("#model input").fill(str(tmp_path))
     page.locator("#model input").press("Enter")
     page.click("#generate")
@@ -226,3 +120,222 @@ def test_a_phone_has_no_sideways_scroll(browser, url, theme):
     with visitor(browser, f"{url}/?__theme={theme}", viewport=size) as page:
         wait_until(lambda: columns(page) > 50)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def drawing(page):
+    return page.evaluate("document.querySelector('.mod-canvas').toDataURL()")
+
+
+def click_token(page, column):
+    page.locator(f".mod-story [data-column='{column}']").click()
+
+
+def test_a_clicked_token_shows_scores_probability_and_alternatives(page):
+    """The inspector: a chart over the layers, the decision, the likeliest five, the chosen one among them."""
+    click_token(page, columns(page) - 5)
+    inspector = page.locator(".mod-inspector")
+    text = inspector.inner_text()
+    assert re.search(r"Ran through \d+ of \d+ layers at p = [\d.]+ \(measured\)", text)
+    assert re.search(r"Probability [\d.<% ]+\(measured\)", text)
+    assert inspector.locator(".mod-likely li").count() == 5
+    assert inspector.locator("circle").count() == 10
+    assert "ran" in inspector.locator("svg title").text_content()
+
+
+def test_arrow_keys_walk_through_text_and_heatmap(page):
+    """Right goes on, up and down change the layer, Home and End jump, Escape lets go."""
+    heading = page.locator(".mod-inspector h3")
+    page.locator(".mod-canvas").focus()
+    page.keyboard.press("Home")
+    assert heading.inner_text().startswith("Token 0:")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert heading.inner_text().startswith("Token 2:")
+    page.keyboard.press("ArrowDown")
+    assert "Layer 2:" in page.locator(".mod-inspector").inner_text()
+    page.locator(".mod-story").focus()
+    page.keyboard.press("End")
+    assert heading.inner_text().startswith(f"Token {columns(page) - 1}:")
+    page.keyboard.press("Escape")
+    assert heading.count() == 0
+
+
+def test_a_preview_recolours_at_once_and_says_that_it_is_one(page):
+    """Nothing is asked of the server; Actual takes it back."""
+    before = drawing(page)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.locator("[data-tool=preview]").fill("0.95")
+    page.wait_for_timeout(200)
+    assert "Preview at p = 0.95" in page.locator(".mod-banner").inner_text()
+    assert drawing(page) != before
+    page.click("[data-tool=actual]")
+    page.wait_for_timeout(200)
+    assert not page.locator(".mod-banner").is_visible()
+    assert drawing(page) == before
+    assert not [url for url in asked if "queue" in url]
+
+
+@pytest.mark.parametrize("mode", ["decision", "depth"])
+def test_every_mode_is_another_picture(page, mode):
+    """Scores, decisions, depth."""
+    before = drawing(page)
+    page.locator("[data-tool=mode]").select_option(mode)
+    page.wait_for_timeout(200)
+    assert drawing(page) != before
+    assert pixels(page) > 1
+
+
+def test_zoom_and_fit_change_how_much_is_seen(page):
+    """Fit shows the whole run without scrolling; zooming in takes more room."""
+    width = "document.querySelector('.mod-scroll').scrollWidth"
+    whole = page.evaluate(width)
+    page.click("[data-tool=fit]")
+    page.wait_for_timeout(200)
+    assert page.evaluate("(() => { const s = document.querySelector('.mod-scroll');"
+                         "return s.scrollWidth <= s.clientWidth + 30; })()")
+    for _ in range(4):
+        page.click("[data-tool=in]")
+    page.wait_for_timeout(200)
+    assert page.evaluate(width) > whole
+
+
+def test_layers_that_never_ran_are_pointed_out(page):
+    """In words, below the map."""
+    set_p(page, 1)
+    few_tokens(page, 40)
+    page.click("#generate")
+    finished(page)
+    wait_until(lambda: "never ran in this run" in page.locator(".mod-layers").inner_text())
+
+
+def test_two_runs_are_compared_at_their_first_difference(page):
+    """Pin one, make another at another p: the page says where their texts part."""
+    few_tokens(page, 60)
+    set_p(page, 0)
+    page.click("#generate")
+    wait_until(lambda: "Starting" in status(page) or "Streaming" in status(page) or "Reached" in status(page))
+    finished(page)
+    page.click("[data-tool=pin]")
+    assert "pinned" in page.locator(".mod-banner").inner_text()
+    set_p(page, 0.8)
+    before = run_id(page)
+    page.click("#generate")
+    wait_until(lambda: run_id(page) != before)
+    finished(page)
+    page.locator("[data-tool=mode]").select_option("difference")
+    wait_until(lambda: re.search(r"first difference at token \d+", page.locator(".mod-banner").inner_text()))
+    assert "ran in the pinned run alone" in page.locator(".mod-legend").inner_text()
+    assert pixels(page) > 2
+
+
+def load_trace(page, path):
+    with page.expect_file_chooser() as chooser:
+        page.click("#load-trace")
+    chooser.value.set_files(path)
+
+
+def test_a_run_is_exported_and_its_trace_loads_back(page, tmp_path):
+    """PNG, CSV, JSON; the JSON is the engine's trace, and the page shows it again."""
+    from modification import RoutingTrace
+
+    shown = columns(page)
+    saved = {}
+    for kind in ("png", "csv", "json"):
+        with page.expect_download() as download:
+            page.click(f"[data-tool={kind}]")
+        saved[kind] = tmp_path / f"run.{kind}"
+        download.value.save_as(saved[kind])
+    assert saved["png"].read_bytes().startswith(b"\x89PNG")
+    rows = saved["csv"].read_text().count("\n")
+    assert rows >= shown + 1
+    trace = RoutingTrace.from_json(saved["json"].read_text())
+    assert len(trace.tokens) == shown
+    assert trace.steps[-1].likely
+    load_trace(page, saved["json"])
+    wait_until(lambda: "loaded from a file" in status(page))
+    assert columns(page) == shown
+
+
+@pytest.mark.parametrize(("content", "sentence"), [
+    ("not json", "not a routing trace"), ("{}", "not a routing trace"),
+    (json.dumps({"format": 1, "depth": 2, "mod_layers": [9], "texts": [], "info": {}, "steps": []}), "MoD layers"),
+])
+def test_a_broken_trace_is_a_sentence_and_the_run_stays(page, tmp_path, content, sentence):
+    """What was shown before is still there."""
+    shown = columns(page)
+    broken = tmp_path / "broken.json"
+    broken.write_text(content)
+    load_trace(page, broken)
+    wait_until(lambda: sentence in status(page))
+    assert columns(page) == shown
+
+
+def test_a_snippet_reproduces_the_run(page):
+    """The Python that the page offers gives the text that the page shows."""
+    few_tokens(page, 30)
+    page.locator("#prompt textarea").fill(STORY)
+    before = run_id(page)
+    page.click("#generate")
+    wait_until(lambda: run_id(page) != before)
+    finished(page)
+    text = answer(page)
+    page.get_by_role("button", name="Python that reproduces the run").click()
+    wait_until(lambda: "modification.generate" in page.locator("#snippet .cm-content").inner_text())
+    code = page.locator("#snippet .cm-content").inner_text()
+    assert run_snippet(code).strip() == text.strip()
+
+
+def run_snippet(code):
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "snippet", "exec"), {})
+    return out.getvalue()
+
+
+def test_settings_survive_a_reload_and_travel_in_a_link(browser, url):
+    """p and seed come back after a reload; a stranger with the link gets them too."""
+    with visitor(browser, url) as page:
+        set_p(page, 0.73)
+        page.get_by_role("button", name="Share these settings").click()
+        page.wait_for_timeout(300)
+        page.click("#link")
+        wait_until(lambda: "p=0.73" in page.locator("#link-text textarea, #link-text input").first.input_value())
+        link = page.locator("#link-text textarea, #link-text input").first.input_value()
+        page.reload()
+        wait_until(lambda: page.locator("#p input[type=number]").input_value() == "0.73")
+    with visitor(browser, link) as stranger:
+        wait_until(lambda: stranger.locator("#p input[type=number]").input_value() == "0.73")
+
+
+def test_a_shift_of_one_layer_closes_it(page):
+    """p per layer: a shift of +1 makes that layer skip everything, and the others go on."""
+    page.get_by_role("button", name="p per layer").click()
+    box = page.get_by_label("number input for Layer 2", exact=True)
+    box.fill("1")
+    box.press("Enter")
+    page.wait_for_timeout(400)
+    few_tokens(page, 40)
+    set_p(page, 0.3)
+    before = run_id(page)
+    page.click("#generate")
+    wait_until(lambda: run_id(page) != before)
+    finished(page)
+    wait_until(lambda: re.search(r"\b2\b.*never ran", page.locator(".mod-layers").inner_text()))
+    assert float(figure(page, "load")[:-1]) > 20
+
+
+def test_keyboard_alone_generates_and_stops(page):
+    """Tab from the prompt to the button, Enter starts, Tab and Enter stop."""
+    page.locator("#prompt textarea").focus()
+    before = run_id(page)
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    wait_until(lambda: run_id(page) != before and columns(page) > 30)
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    wait_until(lambda: "Stopped" in status(page))
+    time.sleep(0.5)

@@ -4,45 +4,18 @@ import threading
 import time
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from talkers import byte_tokenizer, talker
 
 import app.service as service_module
 from app.errors import UserError
 from app.service import Limits, Request, Service
 from app.service.pieces import PieceReader
 from app.service.turnstile import Turnstile
-from modification import MoDConfig, convert
-
-
-def byte_tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: at for at, token in enumerate(["<s>", "</s>", *alphabet])}
-    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny random MoD model with scattered routers and a byte tokenizer, on disk."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = byte_tokenizer()
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=1,
-    ))
-    convert(model, MoDConfig())
-    with torch.no_grad():
-        for layer in model.model.layers[1:3]:
-            layer.router.weight.normal_()
-            layer.router.bias.zero_()
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return talker(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -69,6 +69,7 @@ class Conversation:
     Attributes:
         names: the two models' names, in the order shown.
         tape: all turns as the page shows them.
+        idle: set while no answer is being made.
     """
 
     names: tuple[str, str]
@@ -76,6 +77,10 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
     threads: list[Thread] = field(default_factory=list)
     used: float = field(default_factory=time.monotonic)
+    idle: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.idle.set()
 
     def cut(self, turns: int) -> None:
         """Take back all turns but so many."""
@@ -139,6 +144,7 @@ def answer(
         for at, (thread, dial) in enumerate(zip(conversation.threads, dials, strict=True))
     ]
     conversation.turns.append(turn)
+    conversation.idle.clear()
     tape.ask(message)
     shown = 0.0
     try:
@@ -165,6 +171,7 @@ def answer(
                 tape.figures(at, side.figures())
                 tape.end(at, "Stopped.")
             side.close()
+        conversation.idle.set()
     yield tape.text
 
 

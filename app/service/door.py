@@ -29,7 +29,7 @@ from modification import RoutingTrace
 from modification.config import check_threshold
 from modification.measure.estimate import Estimate
 
-DENSE = "p = 0"  # the dense side of a chat where no parent is at hand: the same model with every layer run
+_PATIENCE = 5.0  # seconds that a stopped answer may take to end
 
 
 class Service:
@@ -184,9 +184,12 @@ class Service:
                     yield Update(tape=tape)
 
     def chat_tape(self, session: str) -> str:
-        """The session's conversation as it stands."""
+        """The session's conversation as it stands, once an answer under way has come to its end."""
         conversation = self._chats.of(session)
-        return "" if conversation is None else conversation.tape.text
+        if conversation is None:
+            return ""
+        conversation.idle.wait(_PATIENCE)
+        return conversation.tape.text
 
     def chat_turns(self, session: str) -> list[str]:
         """The session's messages so far."""
@@ -206,6 +209,7 @@ class Service:
         """Take back all turns of a conversation but so many; its tape."""
         conversation = self._chats.of(session)
         if conversation is not None:
+            conversation.idle.wait(_PATIENCE)
             conversation.cut(max(0, turns))
         return self.chat_tape(session)
 

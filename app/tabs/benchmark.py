@@ -12,7 +12,7 @@ from app.figures import bench_figure, estimate_figure
 from app.present import bench_rows, estimate_rows
 from app.service import Service
 from app.tabs.chat import dense_side
-from app.tabs.shared import DOWNLOAD_CSV, guarded, numbers, status, waiting
+from app.tabs.shared import csv_script, guarded, numbers, shown, status, table, waiting
 
 OPENING = "Dense and routed alternate; p is set so that each load is hit. Nothing else should run meanwhile."
 HEADERS = [
@@ -20,14 +20,15 @@ HEADERS = [
     "speed-up, prefill", "speed-up, decode", "ideal, prefill (counted)", "ideal, decode (counted)",
     "efficiency, prefill", "efficiency, decode",
 ]
-PAPER = "### On paper\nAny shape, without loading it. **Every figure is estimated**: a roofline at the device's peak."
+PAPER_HEADERS = ["estimated", "dense", "MoD", "dense / MoD"]
+PAPER = "## On paper\nAny shape, without loading it. **Every figure is estimated**: a roofline at the device's peak."
 
 
 class Benchmark:
     """The tab's components and handlers."""
 
     def __init__(self, service: Service, model: gr.Dropdown) -> None:
-        gr.Markdown("### On this machine\nEvery figure is measured, but the ideal, which is counted.")
+        gr.Markdown("## On this machine\nEvery figure is measured, but the ideal, which is counted.")
         with gr.Row():
             self.contexts = gr.Textbox(label="Contexts, tokens", value="128, 512", elem_id="bench-contexts")
             self.loads = gr.Textbox(label="Loads of the MoD layers", value="0.5, 0.25", elem_id="bench-loads")
@@ -38,8 +39,8 @@ class Benchmark:
             self.go = gr.Button("Benchmark", variant="primary", elem_id="bench-go")
             self.stop = gr.Button("Stop", variant="stop", elem_id="bench-stop")
         self.status = gr.HTML(status(OPENING), elem_id="bench-status", apply_default_css=False)
-        self.plot = gr.Plot(show_label=False, elem_id="bench-plot")
-        self.table = gr.Dataframe(headers=HEADERS, interactive=False, elem_id="bench-table", label="Figures")
+        self.plot = gr.Plot(show_label=False, elem_id="bench-plot", visible=False)
+        self.table = gr.HTML("", elem_id="bench-table", apply_default_css=False)
         self.csv = gr.Button("CSV", size="sm", elem_id="bench-csv")
         self._paper(service)
         self._wire(service, model)
@@ -61,11 +62,8 @@ class Benchmark:
             self.device = gr.Dropdown(service.devices(), value="h200", label="Device", elem_id="paper-device")
         self.paper_status = gr.HTML(status("Change anything: the figures follow."), elem_id="paper-status",
                                     apply_default_css=False)
-        self.paper_plot = gr.Plot(show_label=False, elem_id="paper-plot")
-        self.paper_table = gr.Dataframe(
-            headers=["estimated", "dense", "MoD", "dense / MoD"], interactive=False, elem_id="paper-table",
-            label="Figures",
-        )
+        self.paper_plot = gr.Plot(show_label=False, elem_id="paper-plot", visible=False)
+        self.paper_table = gr.HTML("", elem_id="paper-table", apply_default_css=False)
 
     def _wire(self, service: Service, model: gr.Dropdown) -> None:
         private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -74,7 +72,7 @@ class Benchmark:
             [self.status, self.plot, self.table], concurrency_limit=None, trigger_mode="once", **private,
         )
         self.stop.click(lambda: status("Stopped."), None, self.status, cancels=[run], queue=False, **private)
-        self.csv.click(None, self.table, None, js=DOWNLOAD_CSV.replace("FILE", "bench.csv"), **private)
+        self.csv.click(None, None, None, js=csv_script("bench-table"), **private)
         controls = [self.shape, self.context, self.batch, self.load, self.layers, self.dtype, self.device]
         self.paper_inputs, self.paper_outputs = controls, [self.paper_status, self.paper_plot, self.paper_table]
         self.on_paper = _estimate(service)
@@ -91,7 +89,7 @@ def _bench(service: Service) -> Any:
     ) -> Iterator[tuple[Any, Any, Any]]:
         name = model or ""
         parent = dense_side(service, name, None)
-        yield status("Starting …", busy=True), None, None
+        yield status("Starting …", busy=True), gr.skip(), gr.skip()
         updates = service.bench(
             name, parent if parent != name else None, numbers(contexts, int, "Contexts"),
             numbers(loads, float, "Loads"), int(new_tokens or 0), int(rounds or 0), stock,
@@ -103,7 +101,8 @@ def _bench(service: Service) -> Any:
                 elif isinstance(update.result, str):
                     yield status(f"Measuring: {update.result} rounds …", busy=True), gr.skip(), gr.skip()
                 elif update.result is not None:
-                    yield status("Done."), bench_figure(update.result), bench_rows(update.result)
+                    figures = table(f"{name}, one row at a time", HEADERS, bench_rows(update.result))
+                    yield status("Done."), shown(bench_figure(update.result)), figures
 
     return bench
 
@@ -114,6 +113,7 @@ def _estimate(service: Service) -> Any:
         shape: str | None, context: float | None, batch: float | None, load: float, layers: str, dtype: str, device: str
     ) -> Iterator[tuple[Any, Any, Any]]:
         found = service.estimate(shape or "", int(context or 0), int(batch or 0), load, dtype, layers, device)
-        yield status(f"{shape}, estimated."), estimate_figure(found), estimate_rows(found)
+        rows = table(f"{shape}, {int(context or 0):,} tokens, load {load:g}", PAPER_HEADERS, estimate_rows(found))
+        yield status(f"{shape}, estimated."), shown(estimate_figure(found)), rows
 
     return estimate

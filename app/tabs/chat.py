@@ -66,14 +66,14 @@ class Chat:
             ),
             self.again.click(_answer(self.service, again=True), inputs, outputs, **options),
         ]
-        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        self.stop.click(
-            _stopped(self.service), None, [self.view, self.status], cancels=runs, **quick  # type: ignore[arg-type]
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        after = (
+            (self.stop, _stopped(self.service)), (self.edit, _take_back(self.service, keep=True)),
+            (self.undo, _take_back(self.service, keep=False)), (self.clear, _clear(self.service)),
         )
-        self.edit.click(_take_back(self.service, keep=True), None, outputs, cancels=runs, **quick)  # type: ignore[arg-type]
-        self.undo.click(_take_back(self.service, keep=False), None, outputs, cancels=runs, **quick)  # type: ignore[arg-type]
-        self.clear.click(_clear(self.service), None, outputs, cancels=runs, **quick)  # type: ignore[arg-type]
-        self.p.change(_move(self.service), self.p, None, trigger_mode="always_last", **quick)  # type: ignore[arg-type]
+        for button, handler in after:  # a run is cancelled first: what follows waits for its end
+            button.click(None, None, None, cancels=runs, **quick).then(handler, None, outputs, **quick)
+        self.p.change(_move(self.service), self.p, None, trigger_mode="always_last", **quick)
 
 
 def dense_side(service: Service, model: str, chosen: str | None) -> str:
@@ -113,8 +113,8 @@ def _answer(service: Service, again: bool) -> Any:
 
 
 def _stopped(service: Service) -> Any:
-    def stopped(request: gr.Request) -> tuple[str, str]:
-        return service.chat_tape(str(request.session_hash)), status("Stopped.")
+    def stopped(request: gr.Request) -> tuple[str, str, Any]:
+        return service.chat_tape(str(request.session_hash)), status("Stopped."), gr.skip()
 
     return stopped
 

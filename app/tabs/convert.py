@@ -12,7 +12,7 @@ from app.figures import training_figure
 from app.present import conversion_estimate, conversion_sentence
 from app.service import Service
 from app.service.conversions import Plan
-from app.tabs.shared import guarded, status
+from app.tabs.shared import guarded, shown, status
 
 OFF = (
     "Models are not converted on a shared app. At home:\n\n"
@@ -38,7 +38,7 @@ class Convert:
             with gr.Column(scale=7, min_width=360):
                 self.status = gr.HTML(status(OPENING), elem_id="convert-status", apply_default_css=False)
                 self.estimate = gr.Markdown("", elem_id="convert-estimate")
-                self.plot = gr.Plot(show_label=False, elem_id="convert-plot")
+                self.plot = gr.Plot(show_label=False, elem_id="convert-plot", visible=False)
                 self.open = gr.Button("Open in Explore", visible=False, elem_id="convert-open")
         self._wire(service)
 
@@ -110,13 +110,13 @@ def _estimate(service: Service) -> Any:
 def _convert(service: Service) -> Any:
     @guarded(lambda line: (line, gr.skip(), gr.skip(), gr.skip()))
     def convert(*values: Any) -> Iterator[tuple[Any, ...]]:
-        plan, shown = _plan(*values), -1
-        yield status("Starting …", busy=True), None, gr.update(visible=False), None
+        plan, drawn = _plan(*values), -1
+        yield status("Starting …", busy=True), gr.skip(), gr.update(visible=False), None
         with contextlib.closing(service.convert(plan)) as updates:
             for progress in updates:
-                fresh, shown = len(progress.log) > shown, len(progress.log)
+                fresh, drawn = len(progress.log) > drawn, len(progress.log)
                 line = status(conversion_sentence(progress), progress.failed, busy=not progress.ended)
-                figure = training_figure(progress.log) if fresh and progress.log else gr.skip()
+                figure = shown(training_figure(progress.log)) if fresh and progress.log else gr.skip()
                 ready = bool(progress.ended) and not progress.failed
                 yield line, figure, gr.update(visible=ready), plan.name if ready else None
 

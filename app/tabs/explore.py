@@ -11,7 +11,7 @@ import gradio as gr
 from app.figures import load_per_layer
 from app.present import snippet
 from app.service import Request, Service
-from app.tabs.shared import guarded, status, waiting
+from app.tabs.shared import guarded, shown, status, waiting
 from app.tape import ending
 from app.views import view
 
@@ -107,7 +107,7 @@ class Explore:
                 "Load a trace", file_types=[".json"], type="binary", size="sm", elem_id="load-trace"
             )
         with gr.Accordion("Load per layer of the finished run", open=False):
-            self.plot = gr.Plot(show_label=False, elem_id="per-layer")
+            self.plot = gr.Plot(show_label=False, elem_id="per-layer", visible=False)
         with gr.Accordion("Python that reproduces the run", open=False):
             self.code = gr.Code(
                 value="# Generate something first.", language="python", show_label=False, elem_id="snippet",
@@ -161,7 +161,7 @@ def _generate(service: Service) -> Any:
             prompt, name, int(new_tokens), float(temperature), float(top_p), int(top_k),
             None if seed is None or seed < 0 else int(seed), bool(chat), _listed(shifts, count),
         )
-        yield gr.skip(), status("Starting …"), None, gr.skip()
+        yield gr.skip(), status("Starting …"), gr.skip(), gr.skip()
         with contextlib.closing(service.run(str(request.session_hash), p, wanted)) as updates:
             for update in updates:
                 if (line := waiting(update, name)) is not None:
@@ -170,7 +170,7 @@ def _generate(service: Service) -> Any:
                     first, tape = not tape, update.tape
                     yield tape, status("Streaming. Move p and watch.") if first else gr.skip(), gr.skip(), gr.skip()
         code = snippet(wanted, tape, service.source_of(name))
-        yield gr.skip(), status(ending(tape)), load_per_layer(tape), code
+        yield gr.skip(), status(ending(tape)), shown(load_per_layer(tape)), code
 
     return generate
 

@@ -11,10 +11,11 @@ import gradio as gr
 from app.figures import report_figure
 from app.present import memory_sentence
 from app.service import Service
-from app.tabs.shared import guarded, status, waiting
+from app.tabs.shared import guarded, shown, status, table, waiting
 
 OPENING = "Weights are read as safetensors; no code from a model folder is ever run."
 ANY = "as stored"
+HEADERS = ["layer", "kind", "class", "parameters"]
 
 
 class Model:
@@ -40,11 +41,8 @@ class Model:
                     self.stop = gr.Button("Stop", variant="stop", elem_id="model-stop")
             with gr.Column(scale=7, min_width=360):
                 self.status = gr.HTML(status(OPENING), elem_id="model-status", apply_default_css=False)
-                self.plot = gr.Plot(show_label=False, elem_id="model-report")
-                self.layers = gr.Dataframe(
-                    headers=["layer", "kind", "class", "parameters"], interactive=False, elem_id="model-layers",
-                    label="Layers",
-                )
+                self.plot = gr.Plot(show_label=False, elem_id="model-report", visible=False)
+                self.layers = gr.HTML("", elem_id="model-layers", apply_default_css=False)
                 with gr.Accordion("Model card", open=False):
                     self.card = gr.Markdown("No model loaded yet.", elem_id="model-card", sanitize_html=True)
         self._wire(service, model)
@@ -89,8 +87,10 @@ def _load(service: Service) -> Any:
                     yield line, *(gr.skip(),) * 4
                 elif update.result is not None:
                     described, rows, report, card = update.result
-                    figure = report_figure(report) if report.get("sweep") else None
+                    has = bool(report.get("sweep"))
+                    figure = shown(report_figure(report)) if has else gr.update(visible=False)
                     choices = list(dict.fromkeys([label, *service.names()]))
-                    yield status(described), figure, rows, card, gr.update(choices=choices, value=label)
+                    layers = table("Layers", HEADERS, rows)
+                    yield status(described), figure, layers, card, gr.update(choices=choices, value=label)
 
     return load

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import html
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import gradio as gr
 
 from app.errors import UserError
 from app.present import waiting_sentence
@@ -14,16 +16,38 @@ from app.service import Update
 
 OOPS = "Something went wrong here; the model is free again. Check the settings and try once more."
 
-# Downloads a table that Gradio holds as {headers, data}; cells with a comma, quote or line break are quoted.
-DOWNLOAD_CSV = """(table) => {
-    const cell = (value) => /[",\\n]/.test(`${value}`) ? `"${`${value}`.replaceAll('"', '""')}"` : value;
-    const rows = [table.headers, ...table.data].map((row) => row.map(cell).join(','));
+# Downloads the table inside an element; cells with a comma, quote or line break are quoted.
+_CSV = """() => {
+    const quoted = (text) => /[",\\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+    const cell = (one) => quoted(one.textContent);
+    const rows = [...document.querySelectorAll('#ELEMENT tr')].map((row) => [...row.cells].map(cell).join(','));
+    if (!rows.length) return;
     const link = document.createElement('a');
     link.href = URL.createObjectURL(new Blob([rows.join('\\n') + '\\n'], {type: 'text/csv'}));
-    link.download = 'FILE';
+    link.download = 'ELEMENT.csv';
     link.click();
     URL.revokeObjectURL(link.href);
 }"""
+
+
+def csv_script(element: str) -> str:
+    """JavaScript that saves the table in the element of that id."""
+    return _CSV.replace("ELEMENT", element)
+
+
+def table(caption: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table, scrollable where it is too wide; cells are text."""
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in headers)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="mod-table" tabindex="0" role="region" aria-label="{html.escape(caption)}"><table>'
+        f"<caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def shown(figure: Any) -> Any:
+    """A plot that was hidden while it was empty."""
+    return gr.update(value=figure, visible=True)
 
 
 def status(text: str, error: bool = False, busy: bool = False) -> str:

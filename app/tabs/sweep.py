@@ -14,7 +14,7 @@ from app.figures import sweep_figure
 from app.present import best_sentence, sweep_rows
 from app.service import Service
 from app.tabs.chat import dense_side
-from app.tabs.shared import DOWNLOAD_CSV, guarded, numbers, status, waiting
+from app.tabs.shared import csv_script, guarded, numbers, shown, status, table, waiting
 
 GRID = "0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1"
 OPENING = "Paste a text, or take the sample. Loss, load and speed are measured; KV and compute are counted."
@@ -47,8 +47,8 @@ class SweepTab:
                 self.status = gr.HTML(status(OPENING), elem_id="sweep-status", apply_default_css=False)
                 self.best = gr.Markdown("", elem_id="sweep-best")
                 self.use = gr.Button("Use this p in Explore", visible=False, elem_id="sweep-use")
-                self.plot = gr.Plot(show_label=False, elem_id="sweep-plot")
-                self.table = gr.Dataframe(headers=HEADERS, interactive=False, elem_id="sweep-table", label="Figures")
+                self.plot = gr.Plot(show_label=False, elem_id="sweep-plot", visible=False)
+                self.table = gr.HTML("", elem_id="sweep-table", apply_default_css=False)
                 self.csv = gr.Button("CSV", size="sm", elem_id="sweep-csv")
         self.found = gr.State(None)
         self._wire(service, model, sample)
@@ -64,7 +64,7 @@ class SweepTab:
                         queue=False, **private)
         self.sample.click(lambda: sample, None, self.text, queue=False, **private)
         self.file.upload(_read(service), self.file, [self.text, self.status], **private)
-        self.csv.click(None, self.table, None, js=DOWNLOAD_CSV.replace("FILE", "sweep.csv"), **private)
+        self.csv.click(None, None, None, js=csv_script("sweep-table"), **private)
 
 
 def _read(service: Service) -> Any:
@@ -90,7 +90,7 @@ def _sweep(service: Service) -> Any:
         text, name = service.limits.check_prompt(text), model or ""
         points = sorted(set(numbers(grid, float, "Thresholds p")))
         parent = dense_side(service, name, None)
-        yield status("Starting …", busy=True), None, None, "", None, gr.update(visible=False)
+        yield status("Starting …", busy=True), gr.skip(), gr.skip(), "", None, gr.update(visible=False)
         found = None
         updates = service.sweep(name, parent if parent != name else None, text, points, (within or 0.0) / 100)
         with contextlib.closing(updates):
@@ -100,7 +100,8 @@ def _sweep(service: Service) -> Any:
                 elif update.result is not None:
                     found = update.result
                     line = status(f"{len(found.points)} of {len(points)} thresholds measured …", busy=True)
-                    yield line, sweep_figure(found), sweep_rows(found), gr.skip(), gr.skip(), gr.skip()
+                    figures = table(f"{name} on {found.tokens:,} tokens", HEADERS, sweep_rows(found))
+                    yield line, shown(sweep_figure(found)), figures, gr.skip(), gr.skip(), gr.skip()
         if found is not None:
             best = None if found.best is None else found.best.quality.p
             done = status(f"Done: {found.tokens:,} tokens, {len(found.points)} thresholds.")

@@ -1,0 +1,150 @@
+"""The app in headless Chromium: a server, visitors, and what they look at."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from builders import REPO
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+MODELS = sorted((REPO / "assets").glob("*-MoD/config.json"))
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
+NEEDS_MODEL = pytest.mark.skipif(not MODELS, reason="no MoD model is shipped in assets/")
+IN_A_BROWSER = [
+    pytest.mark.browser, NEEDS_MODEL,
+    pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed (Debian: apt-get install chromium)"),
+]
+STORY = "Write a bedtime story called `The Lantern in the Snow`."
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def served(folder, *flags):
+    """The address of the app as `python app.py` starts it, with these flags; its log is ``folder``/log."""
+    port = free_port()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "0", "GRADIO_IS_E2E_TEST": "1"}
+    command = [sys.executable, "app.py", "--port", str(port), *flags]
+    with (Path(folder) / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=REPO, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: answers(address) or server.poll() is not None, 120)
+        assert server.poll() is None, (Path(folder) / "log").read_text()
+        yield address
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+class visitor:
+    def __init__(self, browser, url, **options):
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        self.page, self.errors = self.context.new_page(), []
+        self.page.on("pageerror", lambda error: self._note(str(error)))
+        self.page.on("console", lambda message: message.type == "error" and self._note(message.text))
+        self.page.goto(url)
+        self.page.wait_for_selector("#generate")
+        wait_until(lambda: columns(self.page) > 50)  # the recorded example: scripts are at work
+
+    def _note(self, error):
+        # Gradio aborts its own stream when a page is left.
+        if "AbortError" not in error and "Connection errored out" not in error:
+            self.errors.append(error)
+
+    def __enter__(self):
+        return self.page
+
+    def __exit__(self, *failure):
+        self.context.close()
+        assert failure[0] or not self.errors, self.errors
+
+
+def answers(address):
+    try:
+        return urllib.request.urlopen(address, timeout=2).status == 200
+    except OSError:
+        return False
+
+
+def wait_until(holds, seconds=60):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def columns(page):
+    return int(page.locator(".mod-canvas").get_attribute("data-columns") or 0)
+
+
+def run_id(page):
+    return page.locator(".mod-canvas").get_attribute("data-run")
+
+
+def figure(page, name):
+    return page.locator(f"[data-figure={name}]").inner_text()
+
+
+def status(page):
+    return page.locator("#status").inner_text()
+
+
+def set_p(page, value):
+    box = page.locator("#p input[type=number]")
+    box.fill(str(value))
+    box.press("Enter")
+
+
+def answer(page):
+    return "".join(page.locator(".mod-story span:not(.prompt)").all_inner_texts())
+
+
+def start(page, prompt="Write a bedtime story called `The Lantern in the Snow`.", p=0.5):
+    page.locator("#prompt textarea").fill(prompt)
+    set_p(page, p)
+    before = run_id(page)
+    page.click("#generate")
+    wait_until(lambda: run_id(page) != before and columns(page) > 30)
+
+
+def pixels(page):
+    """How many different colours the heatmap canvas shows."""
+    return page.evaluate("""() => {
+        const c = document.querySelector('.mod-canvas');
+        const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+        const seen = new Set();
+        for (let i = 0; i < d.length; i += 4) if (d[i + 3]) seen.add(d[i] << 16 | d[i + 1] << 8 | d[i + 2]);
+        return seen.size; }""")
+
+
+def tab(page, name):
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def line(page, element):
+    """The status line of a tab."""
+    return page.locator(f"#{element}").inner_text()
+
+
+def finished(page, seconds=90):
+    wait_until(lambda: "Reached" in status(page) or "Finished" in status(page), seconds)
+
+
+def few_tokens(page, count, accordion="Sampling"):
+    """Ask for short runs."""
+    page.get_by_role("button", name=accordion).first.click()
+    box = page.get_by_label("number input for New tokens, at most").first
+    box.fill(str(count))
+    box.press("Enter")

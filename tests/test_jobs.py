@@ -1,0 +1,46 @@
+"""Long work beside the page: reports, results, errors, and an end when nobody reads."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+
+from app.service.jobs import Cancelled, Finished, in_background
+
+
+def test_reports_come_in_order_and_the_result_last():
+    def work(report):
+        for at in range(5):
+            report(at)
+        return "done"
+
+    assert [one for one in in_background(work) if one is not None] == [0, 1, 2, 3, 4, Finished("done")]
+
+
+def test_an_error_of_the_work_is_raised_to_the_reader():
+    def work(report):
+        report("first")
+        raise ValueError("no good")
+
+    run = in_background(work)
+    assert next(run) == "first"
+    with pytest.raises(ValueError, match="no good"):
+        list(run)
+
+
+def test_work_that_nobody_reads_ends_at_its_next_report():
+    ended = threading.Event()
+
+    def work(report):
+        try:
+            for at in range(10_000):
+                report(at)
+                time.sleep(0.001)
+        except Cancelled:
+            ended.set()
+            raise
+
+    with contextlib.closing(in_background(work)) as run:
+        next(run)
+    assert ended.wait(10)

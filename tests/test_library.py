@@ -1,0 +1,127 @@
+"""Models in memory: named, weighed, loaded once, let go."""
+
+import threading
+import time
+
+import pytest
+from talkers import talker
+
+from app.errors import UserError
+from app.service import Limits, Service
+from app.service import library as library_module
+from app.service.library import Library, Options, parse
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return talker(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def library(folder):
+    return Library({"tiny": folder}, Limits(models=2, idle=10.0))
+
+
+WAYS = [Options(), Options("bf16"), Options("fp32", "4bit", "cpu"), Options(device="cuda")]
+
+
+@pytest.mark.parametrize("options", WAYS)
+def test_a_label_reads_back_as_source_and_options(options):
+    assert parse(options.label("owner/name")) == ("owner/name", options)
+
+
+@pytest.mark.parametrize("choice", ["x [int9]", "x [bf16, gpu]", "x [bf16; rm]"])
+def test_an_unknown_option_is_a_sentence_or_part_of_the_name(library, choice):
+    with pytest.raises(UserError):
+        library.open(choice)
+
+
+def test_options_are_kept_apart(library):
+    """The same folder twice, in two types."""
+    import torch
+
+    assert library.open("tiny [bf16]").model.dtype == torch.bfloat16
+    assert library.open("tiny").model.dtype == torch.float32
+    assert library.open("tiny [bf16]").name == "tiny [bf16]"
+
+
+def test_many_who_ask_at_once_share_one_load(library, monkeypatch):
+    loads, load = [], library_module.load_dense_or_mod
+    monkeypatch.setattr(library_module, "load_dense_or_mod", lambda *a, **o: loads.append(a) or load(*a, **o))
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(library.open("tiny"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loads) == 1
+    assert len(found) == 8
+    assert all(one is found[0] for one in found)
+
+
+def test_who_stops_waiting_leaves_the_load_to_the_next(library, monkeypatch):
+    gate, load = threading.Event(), library_module.load_dense_or_mod
+    monkeypatch.setattr(library_module, "load_dense_or_mod", lambda *a, **o: gate.wait() and load(*a, **o))
+    waiting = library.loading("tiny")
+    assert next(waiting) >= 0
+    waiting.close()
+    gate.set()
+    end = time.monotonic() + 30
+    while "tiny" not in library.held():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert list(library.loading("tiny")) == []
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_read(library, monkeypatch):
+    monkeypatch.setattr(library_module, "available_bytes", lambda device=None: 1000)
+    monkeypatch.setattr(library_module, "load_dense_or_mod", lambda *a, **o: pytest.fail("was read"))
+    with pytest.raises(UserError, match="are free: choose a smaller model"):
+        library.open("tiny")
+
+
+def test_needs_are_the_weights_in_the_type_asked_for(library, folder):
+    import torch
+    from safetensors.torch import load_file
+
+    stored = sum(t.numel() * t.element_size() for t in load_file(folder / "model.safetensors").values())
+    whole, free = library.needs("tiny")
+    assert whole == int(1.2 * stored)
+    assert library.needs("tiny [bf16]")[0] == int(1.2 * stored / 2)
+    assert library.needs("tiny [4bit]")[0] < library.needs("tiny [8bit]")[0] < whole
+    assert free > 0
+    assert torch.float32.itemsize == 4
+
+
+def test_a_model_nobody_uses_is_let_go_and_one_in_use_is_not(library):
+    with library.lend("tiny"):
+        assert library.unload_idle(time.monotonic() + 100) == []
+        assert library.held() == ["tiny"]
+    assert library.unload_idle(time.monotonic() + 5) == []
+    assert library.unload_idle(time.monotonic() + 100) == ["tiny"]
+    assert library.held() == []
+
+
+def test_a_model_in_use_is_not_pushed_out(folder):
+    library = Library({"a": folder, "b": folder, "c": folder}, Limits(models=2))
+    with library.lend("a") as kept:
+        library.open("b")
+        library.open("c")
+        assert library.open("a") is kept
+
+
+def test_a_shared_app_opens_listed_models_alone(folder, tmp_path):
+    service = Service({"tiny": folder}, limits=Limits(free_models=False, convert=False))
+    assert service.open("tiny").name == "tiny"
+    for name in (str(folder), "owner/name", str(tmp_path)):
+        with pytest.raises(UserError, match="not among the models offered"):
+            service.open(name)
+    with pytest.raises(UserError, match="not among the shapes"):
+        service.estimate(str(folder), 10, 1, 0.5, "bf16", "own", "h200")
+
+
+def test_mod_layers_are_known_without_loading(library):
+    assert library.mod_layers("tiny") == (1, 2)
+    assert library.held() == []
+    assert library.mod_layers("owner/name") == ()
+    assert library.mod_layers("") == ()

@@ -1,0 +1,186 @@
+"""Sweeps, benches, estimates and conversions on behalf of the page, on a tiny pair."""
+
+import json
+
+import pytest
+from talkers import talker
+
+from app.errors import UserError
+from app.service import Limits, Service
+from app.service.conversions import Plan
+
+TEXT = "Once there was a fox who lived by the river and counted the boats. " * 6
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pair")
+    return {"tiny-MoD": talker(root / "mod"), "tiny": talker(root / "dense", dense=True)}
+
+
+@pytest.fixture
+def service(folders, tmp_path):
+    return Service(folders, limits=Limits(running=1), converted=tmp_path / "converted")
+
+
+def results(updates):
+    return [update.result for update in updates if update.result is not None]
+
+
+# Sweeps
+
+
+def test_a_sweep_grows_point_by_point_with_the_dense_loss_beside_it(service):
+    found = results(service.sweep("tiny-MoD", "tiny", TEXT, [0.0, 0.5, 1.0], 0.02))
+    assert [len(one.points) for one in found] == [1, 2, 3, 3]
+    last = found[-1]
+    assert last.parent == "tiny (dense)"
+    assert last.points[0].quality.loss == pytest.approx(last.dense, abs=1e-4), "p = 0 is the dense parent"
+    assert [one.quality.p for one in last.points] == [0.0, 0.5, 1.0]
+    loads = [one.quality.load for one in last.points]
+    assert loads[0] == 1.0 > loads[1] > loads[2]
+    assert last.points[0].kv == 1.0 > last.points[1].kv > last.points[2].kv
+    assert all(one.speed > 0 for one in last.points)
+
+
+def test_almost_all_of_a_text_is_scored(service):
+    """Blocks are cut so that little is left over."""
+    found = results(service.sweep("tiny-MoD", None, TEXT, [0.0], 0.02))[-1]
+    assert len(TEXT) - 8 <= found.tokens <= len(TEXT)
+    assert found.parent == "tiny-MoD at p = 0"
+
+
+def test_the_best_p_is_the_largest_up_to_which_the_loss_holds(service):
+    everything = results(service.sweep("tiny-MoD", "tiny", TEXT, [0.0, 0.5, 1.0], 10.0))[-1]
+    assert everything.best.quality.p == 1.0
+    nothing = results(service.sweep("tiny-MoD", "tiny", TEXT, [0.5, 1.0], -0.9))[-1]
+    assert nothing.best is None
+
+
+def test_a_sweep_left_early_frees_its_place(service):
+    run = service.sweep("tiny-MoD", "tiny", TEXT, [0.0, 0.5, 1.0], 0.02)
+    next(one for one in run if one.result is not None)
+    run.close()
+    assert results(service.sweep("tiny-MoD", "tiny", TEXT, [1.0], 0.02))
+
+
+@pytest.mark.parametrize(("text", "grid", "sentence"), [
+    ("short", [0.5], "at least 32"), (TEXT, [], "one or more numbers"), (TEXT, [1.5], "from 0 to 1"),
+])
+def test_a_bad_sweep_is_a_sentence(service, text, grid, sentence):
+    with pytest.raises(UserError, match=sentence):
+        list(service.sweep("tiny-MoD", None, text, grid, 0.02))
+
+
+# Benches and estimates
+
+
+def test_a_bench_tells_its_rounds_and_gives_every_side(service):
+    found = results(service.bench("tiny-MoD", "tiny", [16], [0.5], 4, 2, True))
+    assert "context 16, batch 1: 1 of 2" in found
+    assert [result.side for result in found[-1]] == ["stock generate", "engine, p = 0", "load 0.5"]
+
+
+def test_a_bench_without_a_parent_restores_one(service):
+    found = results(service.bench("tiny-MoD", None, [16], [0.5], 4, 1, False))[-1]
+    assert [result.side for result in found] == ["engine, p = 0", "load 0.5"]
+
+
+def test_a_bench_beyond_the_context_is_a_sentence(service):
+    with pytest.raises(UserError, match="model's context of 128"):
+        list(service.bench("tiny-MoD", None, [500], [0.5], 4, 1, False))
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"source": "nonsense"}, "neither a model folder"), ({"context": 0}, "must be 1 or more"),
+    ({"load": 2.0}, "from 0 to 1"), ({"dtype": "int3"}, "choose among"), ({"device": "abacus"}, "choose among"),
+    ({"layers": "outer"}, "layers"),
+])
+def test_a_bad_estimate_is_a_sentence(service, changes, sentence):
+    asked = {"source": "llama-2-7b", "context": 10, "batch": 1, "load": 0.5, "dtype": "bf16", "layers": "own",
+             "device": "h200", **changes}
+    with pytest.raises(UserError, match=sentence):
+        service.estimate(**asked)
+
+
+# Conversions
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("<|endoftext|>".join(f"{TEXT} {at}" for at in range(80)))
+    return path
+
+
+def plan(text, **changes):
+    return Plan(**{"parent": "tiny", "name": "made", "data": str(text), "tokens": 20 * 8 * 16, "block": 16, "batch": 8,
+                   **changes})
+
+
+def test_a_conversion_reports_and_ends_in_a_listed_model(service, text):
+    seen = list(service.convert(plan(text)))
+    last = seen[-1]
+    assert not last.failed, last.ended
+    assert last.ended.startswith("Converted")
+    assert [record["step"] for record in last.log] == [10, 20]
+    assert all(0 <= load <= 1 for load in last.log[-1]["layer_loads"])
+    assert len(last.log[-1]["layer_loads"]) == 2
+    assert "made" in service.names()
+    assert service.open("made").trained
+    report = json.loads((service.conversions.folder / "made" / "report.json").read_text())
+    assert report["recipe"] == "any-p"
+
+
+def test_a_cancelled_conversion_keeps_its_checkpoint_and_goes_on(service, text):
+    long = plan(text, tokens=400 * 8 * 16)
+    run = service.convert(long)
+    for progress in run:
+        if progress.log and list((service.conversions.folder / "made" / "checkpoints").glob("*/trainer_state.json")):
+            break
+    run.close()
+    assert "made" not in service.conversions.finished()
+    again = list(service.convert(long))[-1]
+    assert again.failed
+    assert "unfinished conversion" in again.ended
+    ended = list(service.convert(plan(text, tokens=400 * 8 * 16, resume=True)))[-1]
+    assert not ended.failed, ended.ended
+
+
+def test_one_conversion_at_a_time(service, text):
+    first = service.convert(plan(text))
+    next(first)
+    with pytest.raises(UserError, match="one at a time"):
+        next(service.convert(plan(text, name="other")))
+    first.close()
+
+
+def test_time_and_memory_are_estimated_beforehand(service, text):
+    seconds, taken, free = service.estimate_conversion(plan(text))
+    more, same, _ = service.estimate_conversion(plan(text, tokens=200 * 8 * 16))
+    assert 0 < seconds < more
+    assert 0 < taken == same
+    assert free > 0
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"name": "../x"}, "no name for a model folder"), ({"name": ""}, "no name"), ({"data": "/no/such"}, "no text file"),
+    ({"tokens": 10}, "give at least"), ({"parent": "--help"}, "neither a folder"),
+])
+def test_a_plan_that_will_not_do_is_a_sentence(service, text, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        list(service.convert(plan(text, **changes)))
+
+
+def test_a_conversion_that_fails_says_why(service, text):
+    """A MoD model can't be converted once more: the command's own sentence is shown."""
+    last = list(service.convert(plan(text, parent="tiny-MoD")))[-1]
+    assert last.failed
+    assert "is a MoD model already" in last.ended
+    assert "Traceback" not in last.ended
+
+
+def test_a_shared_app_converts_nothing_and_says_where_to(folders, text, tmp_path):
+    service = Service(folders, limits=Limits(convert=False), converted=tmp_path)
+    with pytest.raises(UserError, match="python -m modification convert"):
+        list(service.convert(plan(text)))
