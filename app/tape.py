@@ -7,7 +7,7 @@ A tape is one growing string, a JSON array a line, so that each update sends onl
                                           a column: a token; p, or one for each MoD layer; hex scores (three digits
                                           a MoD layer), hex bits; kind is p (prompt), n (new) or s (special); for new
                                           tokens the log-probability and the likeliest tokens as [text, id, logprob]
-    ["f", {...}]                          figures after a step
+    ["f", ...]                            figures after a step, in the order of FIGURES
     ["e", text]                           the end, as a sentence
 """
 
@@ -24,6 +24,7 @@ from typing import Any
 from modification.measure.cost import CostMeter, ModelShape
 from modification.trace import RoutingTrace, Step
 
+FIGURES = ("load", "total", "speed", "stored", "allocated", "dense", "saved", "tokens", "seconds")
 RECENT = 32  # tokens over which load and speed are averaged
 
 
@@ -83,7 +84,7 @@ class Tape:
             record = ["c", piece.text, threshold, scores, bits(step.routed[:, at]), kind, int(step.tokens[at])]
             self._add(*record, *(() if step.prefill else (round(step.logprob, 3), rivals)))
             self.columns += 1
-        self._add("f", self.figures(step))
+        self._add("f", *(self.figures(step)[name] for name in FIGURES))
 
     def end(self, text: str) -> None:
         """Close the tape with a sentence."""
@@ -100,7 +101,7 @@ class Tape:
             "load": round(sum(loads) / len(loads), 4),
             "total": round(self.ran / self.scored, 4) if self.scored else 1.0,
             "speed": round(len(self.recent) / seconds, 2) if seconds else None,
-            "kv": [step.kv_stored, step.kv_allocated, step.kv_dense],
+            "stored": step.kv_stored, "allocated": step.kv_allocated, "dense": step.kv_dense,
             "saved": round(self.meter.saved, 4),
             "tokens": self.columns,
             "seconds": round(step.seconds, 5),
@@ -113,6 +114,37 @@ class Tape:
 
     def _add(self, *record: Any) -> None:
         self.lines.append(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+class Window:
+    """The end of a growing tape, as the view takes it: ``{"id", "at", "d"}`` with the lines from number ``at`` on.
+
+    Gradio's page works through the whole value at every update, so a long run must not send all of itself each time.
+    A window keeps the latest 8 to 64 thousand characters, more than some pictures add; the last one is whole.
+    """
+
+    KEPT, MOST = 8_192, 65_536
+
+    def __init__(self) -> None:
+        self._start, self._lines = 0, 0
+
+    def of(self, tape: str) -> dict[str, Any]:
+        """The window on a tape that is still growing."""
+        if len(tape) - self._start > self.MOST:
+            start = tape.rfind("\n", 0, len(tape) - self.KEPT) + 1
+            self._lines += tape.count("\n", self._start, start)
+            self._start = start
+        return {"id": run_id(tape), "at": self._lines, "d": tape[self._start :]}
+
+    @staticmethod
+    def whole(tape: str) -> dict[str, Any]:
+        """All of a tape."""
+        return {"id": run_id(tape), "at": 0, "d": tape}
+
+
+def run_id(tape: str) -> str:
+    """The id in a tape's header; empty for an empty tape."""
+    return str(json.loads(tape.partition("\n")[0])[1]["id"]) if tape else ""
 
 
 def bits(routed: Iterable[Any]) -> str:
@@ -152,12 +184,12 @@ def summary(tape: str) -> dict[str, Any]:
         if record[0] == "c" and record[5] == "n":
             text.append(record[1])
         elif record[0] == "f":
-            figures = record[1]
-    stored, allocated, dense = figures["kv"]
+            figures = dict(zip(FIGURES, record[1:], strict=True))
     return {
         "text": "".join(text), "new_tokens": sum(1 for line in tape.splitlines() if line.startswith('["f"')) - 1,
-        "load": figures["total"], "tokens_per_second": figures["speed"], "kv_stored": stored,
-        "kv_allocated": allocated, "kv_dense": dense, "compute_saved": figures["saved"], "ended": ending(tape),
+        "load": figures["total"], "tokens_per_second": figures["speed"], "kv_stored": figures["stored"],
+        "kv_allocated": figures["allocated"], "kv_dense": figures["dense"], "compute_saved": figures["saved"],
+        "ended": ending(tape),
     }
 
 

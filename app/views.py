@@ -11,7 +11,7 @@ _HERE = Path(__file__).parent
 FOLDERS = ("heatmap", "chat")
 
 
-def view(folder: str, tape: str, elem_id: str, **options: Any) -> gr.HTML:
+def view(folder: str, tape: Any, elem_id: str, **options: Any) -> gr.HTML:
     """A component that shows a tape and whatever is appended to it.
 
     The scripts of the folder are joined in the order of their names and run once per component, as one function body.

@@ -207,7 +207,7 @@ def test_a_model_is_weighed_loaded_and_described(page):
     assert page.locator("#model-layers tbody tr").count() == 12
     assert page.locator("#model input").input_value().endswith("[fp32]")
     page.get_by_role("button", name="Model card").click()
-    assert "any-p recipe" in page.locator("#model-card").text_content()
+    wait_until(lambda: "any-p recipe" in page.locator("#model-card").text_content())
 
 
 @pytest.mark.parametrize(("source", "sentence"), [

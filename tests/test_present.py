@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.figures import load_per_layer
 from app.present import waiting_sentence
-from app.tape import Piece, Tape, bits, ending, tape_of_trace
+from app.tape import FIGURES, Piece, Tape, Window, bits, ending, tape_of_trace
 from modification.measure.cost import CostMeter, ModelShape
 from modification.trace import RoutingTrace, Step
 
@@ -46,7 +46,7 @@ def test_a_column_carries_text_threshold_scores_and_decisions():
     assert header[1]["mod"] == [1, 2]
     assert first == ["c", "<s>", 0.25, "e6619a", "1", "s", 0]
     assert second == ["c", "Once", 0.25, "19a19a", "0", "p", 1]
-    assert figures[1]["load"] == 0.25
+    assert dict(zip(FIGURES, figures[1:], strict=True))["load"] == 0.25
 
 
 def test_figures_of_a_run():
@@ -54,11 +54,11 @@ def test_figures_of_a_run():
     tape.add(step([[1, 1], [1, 1]], prefill=True, seconds=9.0), [Piece("a"), Piece("b")])
     tape.add(step([[0], [0]], seconds=0.25), [Piece("c")])
     tape.add(step([[1], [0]], seconds=0.25), [Piece("d")])
-    last = records(tape.text)[-1][1]
+    last = dict(zip(FIGURES, records(tape.text)[-1][1:], strict=True))
     assert last["load"] == pytest.approx(1 / 4), "of the new tokens"
     assert last["total"] == pytest.approx(5 / 8), "prompt included"
     assert last["speed"] == 4.0, "prefill time is not decode speed"
-    assert last["kv"] == [800, 840, 1600]
+    assert [last[name] for name in ("stored", "allocated", "dense")] == [800, 840, 1600]
     assert 0 < last["saved"] < 1
 
 
@@ -69,7 +69,7 @@ def test_load_and_speed_answer_when_p_moves():
         tape.add(step([[1], [1]], seconds=0.2), [Piece("b")])
     for _ in range(40):
         tape.add(step([[0], [0]], seconds=0.1), [Piece("c")])
-    last = records(tape.text)[-1][1]
+    last = dict(zip(FIGURES, records(tape.text)[-1][1:], strict=True))
     assert (last["load"], last["speed"]) == (0.0, 10.0)
 
 
@@ -129,3 +129,20 @@ def test_all_run_costs_the_dense_parent_plus_its_routers():
     meter.add(step([[1] * 8, [1] * 8], prefill=True))
     meter.add(step([[1], [1]]))
     assert meter.routed - meter.dense == 2 * 9 * 2 * SHAPE.router_weights
+
+
+def test_windows_on_a_growing_tape_overlap_and_miss_no_line():
+    """Put together by line number they are the tape, even if every second one is lost; the last is whole."""
+    tape, window, lines = Tape(SHAPE, "m"), Window(), []
+    sizes = []
+    for at in range(1500):
+        tape.add(step([[1], [0]]), [Piece(f"word {at} \U0001f98a")])
+        seen = window.of(tape.text)
+        sizes.append(len(seen["d"]))
+        if at % 2:
+            assert seen["at"] <= len(lines)
+            lines[seen["at"] :] = seen["d"].splitlines(keepends=True)
+    assert "".join(lines) == tape.text
+    assert max(sizes) < Window.MOST + 500 < len(tape.text)
+    assert Window.whole(tape.text)["d"] == tape.text
+    assert Window.whole("") == {"id": "", "at": 0, "d": ""}

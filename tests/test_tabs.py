@@ -24,7 +24,7 @@ from app.tabs.shared import OOPS, guarded, numbers, status, table
 SOMEONE = SimpleNamespace(session_hash="someone")
 TAPE = """["h",{"id":"0","depth":4,"mod":[1,2],"anchors":1,"title":"t"}]
 ["c","Hi",0.5,"fff000","1","p",7]
-["f",{"load":0.5,"total":0.5,"speed":null,"kv":[1,1,2],"saved":0.2,"tokens":1,"seconds":0.1}]
+["f",0.5,0.5,null,1,1,2,0.2,1,0.1]
 ["c"," you",0.5,"fff000","1","n",8,-0.1,[]]
 ["c","!",0.8,"fff000","0","n",9,-0.1,[]]
 ["e","Reached the limit of 2 new tokens."]
@@ -83,13 +83,14 @@ def closing(updates):
 
 
 def test_a_run_shows_waiting_loading_streaming_and_its_end():
-    updates = [Update(waiting=2), Update(loading=3.0), Update(tape=TAPE[:60]), Update(tape=TAPE)]
+    head = TAPE.partition("\n")[0] + "\n"
+    updates = [Update(waiting=2), Update(loading=3.0), Update(tape=head), Update(tape=TAPE)]
     shown = generate(FakeService(run=closing(updates)))
     told = " ".join(lines(shown, 1))
     for words in ("Starting", "2 ahead", "Loading m", "Streaming", "Reached the limit"):
         assert words in told
-    assert [one[0] for one in shown if one[0] in (TAPE[:60], TAPE)] == [TAPE[:60], TAPE]
-    assert "modification.generate" in shown[-1][3]
+    assert [one[0]["d"] for one in shown if "d" in one[0]] == [head, TAPE, TAPE]
+    assert "modification.generate" in shown[-2][3]
 
 
 def test_settings_reach_the_service_as_they_were_set():

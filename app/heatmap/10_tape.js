@@ -9,28 +9,30 @@ const canvas = find('.mod-canvas'), axis = find('.mod-axis'), tip = find('.mod-t
 let state = null; // the run shown
 let pinned = null; // the run to compare it with
 
-function reset(head) {
+function reset(id) {
   state = {
-    head, consumed: 0, id: '', title: '', depth: 0, mod: [], rows: new Map(), anchors: 0, columns: [], spans: [],
-    steps: [], used: 0, ran: [], answering: false, note: '',
+    lines: 0, id, title: '', depth: 0, mod: [], rows: new Map(), anchors: 0, columns: [], spans: [],
+    steps: [], now: null, used: 0, ran: [], answering: false, note: '',
   };
   story.replaceChildren();
   select(null);
   tip.hidden = true;
 }
 
+// The value is a window on the tape: {id, at, d}, the lines from number `at` on.
 function read() {
-  const tape = props.value || '';
-  const head = tape.slice(0, 48);
-  if (!state || state.head !== head || tape.length < state.consumed) reset(head);
-  const end = tape.lastIndexOf('\n') + 1;
-  if (end <= state.consumed) return;
+  const { id, at, d } = props.value || { id: '', at: 0, d: '' };
+  if (!state || state.id !== id) reset(id);
+  if (at > state.lines) return; // lines between were missed: the last window is whole
+  const lines = d.split('\n');
+  if (at + lines.length - 1 <= state.lines) return;
   const followText = story.scrollTop + story.clientHeight >= story.scrollHeight - 30;
   const followMap = chosen === null && atEnd();
   const fresh = document.createDocumentFragment();
-  for (const line of tape.slice(state.consumed, end).split('\n')) if (line) record(JSON.parse(line), fresh);
-  state.consumed = end;
+  for (let next = state.lines - at; next < lines.length - 1; next += 1) record(JSON.parse(lines[next]), fresh);
+  state.lines = at + lines.length - 1;
   story.append(fresh);
+  if (state.now) showFigures(state.now);
   widen();
   if (followText) story.scrollTop = story.scrollHeight;
   if (followMap) scroll.scrollLeft = scroll.scrollWidth;
@@ -41,12 +43,12 @@ function read() {
 function record(entry, fresh) {
   if (entry[0] === 'h') header(entry[1]);
   else if (entry[0] === 'c') column(entry, fresh);
-  else if (entry[0] === 'f') figures(entry[1]);
+  else if (entry[0] === 'f') figures(entry);
   else if (entry[0] === 'e') state.note = entry[1];
 }
 
 function header(info) {
-  Object.assign(state, { id: info.id, title: info.title, depth: info.depth, mod: info.mod, anchors: info.anchors });
+  Object.assign(state, { title: info.title, depth: info.depth, mod: info.mod, anchors: info.anchors });
   state.rows = new Map(info.mod.map((layer, at) => [layer, at]));
   state.ran = info.mod.map(() => 0);
   title.textContent = info.title;
@@ -80,14 +82,17 @@ function span(text, kind, used, at, fresh) {
   return made;
 }
 
-function figures(f) {
-  state.steps.push({ columns: state.columns.length, kv: f.kv, seconds: f.seconds });
-  const [stored, , dense] = f.kv;
+function figures([, load, total, speed, stored, allocated, dense, saved, tokens, seconds]) {
+  state.steps.push({ columns: state.columns.length, kv: [stored, allocated, dense], seconds });
+  state.now = { load, total, speed, stored, dense, saved, tokens };
+}
+
+function showFigures({ load, total, speed, stored, dense, saved, tokens }) {
   const ratio = stored ? dense / stored : 1;
-  put('load', Math.round(100 * f.load) + '%', `last tokens · ${Math.round(100 * f.total)}% over all ${f.tokens} · measured`);
-  put('speed', f.speed === null ? '–' : f.speed.toFixed(1) + ' tok/s', 'last tokens · measured');
+  put('load', Math.round(100 * load) + '%', `last tokens · ${Math.round(100 * total)}% over all ${tokens} · measured`);
+  put('speed', speed === null ? '–' : speed.toFixed(1) + ' tok/s', 'last tokens · measured');
   put('kv', bytes(stored), `measured · dense parent ${bytes(dense)}, estimated · ${ratio.toFixed(2)}× less`);
-  put('saved', Math.round(100 * f.saved) + '%', 'FLOPs of the run against dense · counted');
+  put('saved', Math.round(100 * saved) + '%', 'FLOPs of the run against dense · counted');
 }
 
 function put(name, value, note) {

@@ -12,7 +12,7 @@ from app.figures import load_per_layer
 from app.present import snippet
 from app.service import Request, Service
 from app.tabs.shared import guarded, shown, status, waiting
-from app.tape import ending
+from app.tape import Window, ending
 from app.views import view
 
 EXAMPLES = [
@@ -41,7 +41,7 @@ class Explore:
                 self._controls()
             with gr.Column(scale=7, min_width=360):
                 self.status = gr.HTML(status(OPENING), elem_id="status", apply_default_css=False)
-                self.view = view("heatmap", service.example(), elem_id="view")
+                self.view = view("heatmap", Window.whole(service.example()), elem_id="view")
                 self._after()
         self.settings = {
             "prompt": self.prompt, "p": self.p, "new_tokens": self.new_tokens, "temperature": self.temperature,
@@ -155,7 +155,7 @@ def _generate(service: Service) -> Any:
         prompt: str, p: float, new_tokens: float, temperature: float, top_p: float, top_k: float, seed: float | None,
         chat: bool, model: str | None, shifts: dict[str, float], request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
-        name, tape = model or "", ""
+        name, tape, window = model or "", "", Window()
         count = len(service.mod_layers(name))
         wanted = Request(
             prompt, name, int(new_tokens), float(temperature), float(top_p), int(top_k),
@@ -168,9 +168,11 @@ def _generate(service: Service) -> Any:
                     yield gr.skip(), line, gr.skip(), gr.skip()
                 elif update.tape is not None:
                     first, tape = not tape, update.tape
-                    yield tape, status("Streaming. Move p and watch.") if first else gr.skip(), gr.skip(), gr.skip()
+                    line = status("Streaming. Move p and watch.") if first else gr.skip()
+                    yield window.of(tape), line, gr.skip(), gr.skip()
         code = snippet(wanted, tape, service.source_of(name))
-        yield gr.skip(), status(ending(tape)), shown(load_per_layer(tape)), code
+        yield Window.whole(tape), status(ending(tape)), shown(load_per_layer(tape)), code
+        yield (gr.skip(),) * 4  # Gradio sends the last answer twice
 
     return generate
 
@@ -178,7 +180,7 @@ def _generate(service: Service) -> Any:
 def _read_trace(service: Service) -> Any:
     @guarded(lambda line: (gr.skip(), line))
     def read(data: bytes) -> Iterator[tuple[Any, Any]]:
-        yield service.read_trace(data), status("A trace that was loaded from a file.")
+        yield Window.whole(service.read_trace(data)), status("A trace that was loaded from a file.")
 
     return read
 

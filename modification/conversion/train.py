@@ -67,7 +67,8 @@ class AnyPTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._count and "loss" in logs:
-            logs = {**logs, **{name: (total / self._count).tolist() for name, total in self._sums.items()}}
+            means: dict[str, Any] = {name: (total / self._count).tolist() for name, total in self._sums.items()}
+            logs = {**logs, **means}
             self._sums, self._count = {}, 0
         super().log(logs, *args, **kwargs)
 

@@ -124,7 +124,7 @@ def bench(
             where = f"context {context:,}, batch {batch}"
             say(f"{where}: {rounds} rounds")
             setting = Setting(model, parent, context, batch, new_tokens, stock, overheads)
-            found += setting.measure(loads, rounds, lambda done, where=where: tell(f"{where}: {done} of {rounds}"))
+            found += setting.measure(loads, rounds, functools.partial(_tell_round, tell, where, rounds))
     return found
 
 
@@ -181,6 +181,10 @@ class Setting:
             device=devices()["cpu-2-cores"] if self.model.device.type == "cpu" else None,
         ).mod
         return dataclasses.replace(result, estimated_mb=(side.kv + side.activations) / _MB)
+
+
+def _tell_round(tell: Callable[[str], None], where: str, rounds: int, done: int) -> None:
+    tell(f"{where}: {done} of {rounds}")
 
 
 def _result(context: int, batch: int, side: str, p: float | None, timings: list[Timing]) -> Result:
