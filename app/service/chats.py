@@ -6,12 +6,15 @@ they are found in the cache again whatever the tokenizer would make of their tex
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from app.service.jobs import Finished, Report, batches
 from app.service.library import Loaded
 from app.service.pieces import PieceReader
 from app.service.requests import Dial, Limits, Request
@@ -146,19 +149,16 @@ def answer(
     conversation.turns.append(turn)
     conversation.idle.clear()
     tape.ask(message)
-    shown = 0.0
     try:
-        while any(side.going for side in sides):
-            for at, side in enumerate(sides):
-                if side.going:
-                    piece = side.step()
+        with contextlib.closing(batches(functools.partial(_in_turn, sides), limits.frame)) as made:
+            for batch in made:
+                for at, step, seconds in (one for one in batch if not isinstance(one, Finished)):
+                    piece = sides[at].take(step, seconds)
                     turn.answers[at] += piece
                     tape.say(at, piece)
-                    if not side.going:
-                        tape.figures(at, side.figures())
-                        tape.end(at, side.ending)
-            if time.perf_counter() - shown >= limits.frame:
-                shown = time.perf_counter()
+                    if not sides[at].going:
+                        tape.figures(at, sides[at].figures())
+                        tape.end(at, sides[at].ending)
                 for at, side in enumerate(sides):
                     if side.going:
                         tape.figures(at, side.figures())
@@ -170,9 +170,25 @@ def answer(
             if side.going:
                 tape.figures(at, side.figures())
                 tape.end(at, "Stopped.")
-            side.close()
+            side.thread.said(side.text, side.tokens)
         conversation.idle.set()
     yield tape.text
+
+
+def _in_turn(sides: list[_Side], report: Report) -> None:
+    """A step of each side in turn, with its own seconds; None when a side has come to its end."""
+    going = list(enumerate(sides))
+    try:
+        while going:
+            for at, side in list(going):
+                began = time.perf_counter()
+                step = next_step(side.steps, side.thread.loaded.lock)
+                report((at, step, time.perf_counter() - began))
+                if step is None:
+                    going.remove((at, side))
+    finally:
+        for side in sides:
+            side.steps.close()
 
 
 def _seat(conversation: Conversation, models: tuple[Loaded, Loaded]) -> None:
@@ -208,11 +224,8 @@ class _Side:
         self.seconds, self.first, self.prompt, self.ran, self.scored = 0.0, 0.0, 0, 0, 0
         self.last: Step | None = None
 
-    def step(self) -> str:
-        """What the next token adds to the text; ``going`` is False when the answer is complete."""
-        began = time.perf_counter()
-        step = next_step(self.steps, self.thread.loaded.lock)
-        spent = time.perf_counter() - began
+    def take(self, step: Step | None, spent: float) -> str:
+        """What a step adds to the text; None, the end of the steps, ends the answer."""
         if step is None:
             self.going, self.ending = False, ending(len(self.tokens), self.budget, self.room)
             return ""
@@ -237,8 +250,3 @@ class _Side:
             first_token=self.first, prefilled=self.prompt, load=self.ran / self.scored if self.scored else 1.0,
             kv=(last.kv_stored, last.kv_allocated, last.kv_dense) if last else (0, 0, 0),
         )
-
-    def close(self) -> None:
-        """Stop; the cache stays for the next turn."""
-        self.steps.close()
-        self.thread.said(self.text, self.tokens)

@@ -16,6 +16,7 @@ class PieceReader:
         self._held: list[int] = []
         self._before: list[int] = []
         self._names: dict[int, str] = {}
+        self._starts: dict[tuple[int, ...], str] = {}
 
     def read(self, token: int) -> Piece:
         """The piece of the next token."""
@@ -24,12 +25,18 @@ class PieceReader:
             return Piece(self.tokenizer.convert_ids_to_tokens(token), True)
         self._held.append(token)
         # Decoding after the token before keeps the leading space that decoding alone would lose.
-        start = self.tokenizer.decode(self._before)
+        start = self._start(tuple(self._before))
         text = self.tokenizer.decode(self._before + self._held)
         if text.endswith("\ufffd") and len(self._held) < 8:
             return Piece("")
         self._before, self._held = self._held, []
         return Piece(text[len(start) :])
+
+    def _start(self, before: tuple[int, ...]) -> str:
+        found = self._starts.get(before)
+        if found is None:
+            found = self._starts[before] = str(self.tokenizer.decode(list(before)))
+        return found
 
     def names(self, tokens: Iterable[int]) -> list[str]:
         """What tokens read as by themselves: those that might have come instead."""

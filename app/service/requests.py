@@ -35,7 +35,7 @@ class Limits:
     chats: int = 16
     text_tokens: int = 32_768
     trace_bytes: int = 20_000_000
-    frame: float = 0.04
+    frame: float = 0.15
     free_models: bool = True
     convert: bool = True
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.errors import UserError
+from app.service.jobs import Finished, Report, batches
 from app.service.library import Loaded
 from app.service.pieces import PieceReader
 from app.service.requests import Dial, Limits, Request
@@ -41,19 +44,25 @@ def stream_tape(loaded: Loaded, dial: Dial, prompt: str, request: Request, limit
     check_shifts(loaded, dial.shifts)
     steps = start(loaded, ids, dial, budget, request)
     tape, reader = Tape(loaded.shape, loaded.describe(), loaded.anchors), PieceReader(loaded.tokenizer)
-    clock, shown = time.perf_counter(), 0.0
-    try:
-        while (step := next_step(steps, loaded.lock)) is not None:
-            before, clock = clock, time.perf_counter()
-            pieces = [reader.read(int(token)) for token in step.tokens]
-            tape.add(step, pieces, clock - before, reader.names(step.likely))
-            if clock - shown >= limits.frame:
-                shown = clock
-                yield tape
-    finally:
-        steps.close()
+    with contextlib.closing(batches(functools.partial(_decode, steps, loaded.lock), limits.frame)) as made:
+        for batch in made:
+            for step, seconds in (one for one in batch if not isinstance(one, Finished)):
+                pieces = [reader.read(int(token)) for token in step.tokens]
+                tape.add(step, pieces, seconds, reader.names(step.likely))
+            yield tape
     tape.end(ending(tape.new_tokens, budget, room))
     yield tape
+
+
+def _decode(steps: Any, lock: threading.Lock, report: Report) -> None:
+    """Report every step with the seconds since the one before."""
+    clock = time.perf_counter()
+    try:
+        while (step := next_step(steps, lock)) is not None:
+            before, clock = clock, time.perf_counter()
+            report((step, clock - before))
+    finally:
+        steps.close()
 
 
 def start(
