@@ -29,13 +29,14 @@ def build(service: Service, sample: Path | None = None) -> gr.Blocks:
     """The whole page, not yet launched; ``sample``: the folder with the shipped text."""
     with gr.Blocks(title="MoDification Studio", analytics_enabled=False) as demo:
         programs.build(service)  # first: the names are theirs
-        gr.Markdown(INTRO, elem_id="intro")
-        model = gr.Dropdown(
-            service.names(), value=next((n for n in service.names() if n.endswith("-MoD")), None) or next(
-                iter(service.names()), None),
-            allow_custom_value=service.limits.free_models, label="Model, for all tabs", elem_id="model",
-            info="Shipped or converted here; the Model tab loads others",
-        )
+        with gr.Row():
+            with gr.Column(scale=7, min_width=320):
+                gr.Markdown(INTRO, elem_id="intro")
+            with gr.Column(scale=3, min_width=300):
+                model = gr.Dropdown(
+                    service.names(), value=next(iter(service.names()), None), label="Model, for all tabs",
+                    allow_custom_value=service.limits.free_models, elem_id="model",
+                )
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Explore", id="explore"):
                 explore = Explore(service, model)

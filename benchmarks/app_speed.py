@@ -11,13 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
-import socket
 import statistics
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +20,11 @@ from typing import Any
 
 import httpx
 
+from app.headless import ROOT, launch, served
 from modification import generate, load
 from modification.loading import encode_prompt
 from modification.measure.bench import machine
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "assets" / "Llama-Storyteller-10M-MoD"
 TOKENS = re.compile(r'\[\\"f\\",(?:[^,\]]+,){7}(\d+)')  # tokens so far, in a record of the tape
 PROMPT = "Write a bedtime story called `The Lantern in the Snow`."
@@ -84,28 +79,6 @@ def shown(page: Any, address: str, p: float, new_tokens: int) -> float:
 
 
 @contextmanager
-def served(model: Path) -> Iterator[str]:
-    """The app's address, while it runs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "app.py", "--port", str(port), "--model", str(model)]
-    app = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(address, timeout=1)
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield address
-    finally:
-        app.terminate()
-        app.wait(20)
-
-
-@contextmanager
 def browser(wanted: bool) -> Iterator[Any]:
     """A page in headless Chromium, or None."""
     if not wanted:
@@ -113,9 +86,8 @@ def browser(wanted: bool) -> Iterator[Any]:
         return
     from playwright.sync_api import sync_playwright
 
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
     with sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        chromium = launch(driver)
         yield chromium.new_page(viewport={"width": 1280, "height": 900})
         chromium.close()
 
@@ -131,7 +103,7 @@ def main() -> None:
     model, tokenizer = load(arguments.model)
     ids, p, count = encode_prompt(tokenizer, PROMPT), arguments.p, arguments.new_tokens
     found: dict[str, list[float]] = {}
-    with served(arguments.model) as address, browser(arguments.browser) as page:
+    with served("--model", str(arguments.model)) as address, browser(arguments.browser) as page:
         sides: dict[str, Callable[[], float]] = {
             "engine": lambda: bare(model, ids, p, count), "app, streamed": lambda: streamed(address, p, count),
         }

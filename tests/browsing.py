@@ -1,51 +1,19 @@
 """The app in headless Chromium: a server, visitors, and what they look at."""
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from builders import REPO
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+from app.headless import chromium
+
 MODELS = sorted((REPO / "assets").glob("*-MoD/config.json"))
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
 NEEDS_MODEL = pytest.mark.skipif(not MODELS, reason="no MoD model is shipped in assets/")
 IN_A_BROWSER = [
     pytest.mark.browser, NEEDS_MODEL,
-    pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed (Debian: apt-get install chromium)"),
+    pytest.mark.skipif(not chromium(), reason="Chromium is not installed (Debian: apt-get install chromium)"),
 ]
 STORY = "Write a bedtime story called `The Lantern in the Snow`."
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-@contextmanager
-def served(folder, *flags):
-    """The address of the app as `python app.py` starts it, with these flags; its log is ``folder``/log."""
-    port = free_port()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "0", "GRADIO_IS_E2E_TEST": "1"}
-    command = [sys.executable, "app.py", "--port", str(port), *flags]
-    with (Path(folder) / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=REPO, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_until(lambda: answers(address) or server.poll() is not None, 120)
-        assert server.poll() is None, (Path(folder) / "log").read_text()
-        yield address
-    finally:
-        server.terminate()
-        server.wait(20)
 
 
 class visitor:
@@ -69,13 +37,6 @@ class visitor:
     def __exit__(self, *failure):
         self.context.close()
         assert failure[0] or not self.errors, self.errors
-
-
-def answers(address):
-    try:
-        return urllib.request.urlopen(address, timeout=2).status == 200
-    except OSError:
-        return False
 
 
 def wait_until(holds, seconds=60):

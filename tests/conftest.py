@@ -50,21 +50,23 @@ def stories_folder() -> Path:
 @pytest.fixture(scope="session")
 def url(tmp_path_factory) -> Iterator[str]:
     """The app as `python app.py` starts it, one run at a time so that a queue can be seen."""
-    from browsing import served
+    from app.headless import served
 
     folder = tmp_path_factory.mktemp("app")
-    with served(folder, "--running", "1", "--converted", str(folder / "converted")) as address:
+    os.environ.setdefault("GRADIO_IS_E2E_TEST", "1")  # sessions are forgotten as soon as their page is left
+    converted = str(folder / "converted")
+    with (folder / "log").open("w") as log, served("--running", "1", "--converted", converted, log=log) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Headless Chromium."""
-    from browsing import CHROMIUM, FLAGS
+    from app.headless import launch
 
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        chromium = launch(driver)
         yield chromium
         chromium.close()
 
