@@ -34,6 +34,11 @@ def _name(model: str) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
+def _at_home(host: str | None) -> bool:
+    """Whether only this machine reaches an address."""
+    return host in (None, "localhost", "::1") or str(host).startswith("127.")
+
+
 def _theme() -> gr.themes.Base:
     """System fonts: nothing is fetched from elsewhere."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
@@ -66,7 +71,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--public", action="store_true", default=bool(os.environ.get("SPACE_ID")),
-        help="for shared machines: only listed models open, and nothing is converted (on by itself on a Space)",
+        help="only listed models open, and nothing is converted; on by itself on a Space and with --host",
+    )
+    parser.add_argument(
+        "--trusted", action="store_true",
+        help="with --host: everybody who reaches this address may open any folder and convert models",
     )
     parser.add_argument("--mcp", action="store_true", help="offer generate, chat, sweep and estimate as MCP tools too")
     arguments = parser.parse_args()
@@ -74,7 +83,8 @@ def main() -> None:
         parser.error(f"--running {arguments.running}: must be 1 or more")
     if arguments.mcp and importlib.util.find_spec("mcp") is None:
         parser.error('--mcp needs another package: pip install "gradio[mcp]"')
-    limits = Limits(running=arguments.running, free_models=not arguments.public, convert=not arguments.public)
+    public = arguments.public or (not arguments.trusted and not _at_home(arguments.host))
+    limits = Limits(running=arguments.running, free_models=not public, convert=not public)
     service = Service(listed_models(arguments.model), ASSETS / "traces", limits, arguments.converted)
     try:
         if service.names():

@@ -53,6 +53,8 @@ def sweep_figure(sweep: Any) -> go.Figure:
                            row=1, col=2)
     figure.add_scatter(x=p, y=[one.speed for one in points], name="prefill speed", mode="lines+markers",
                        line={"color": BLUE, "dash": "dashdot"}, row=1, col=3)
+    figure.add_scatter(x=[0, 1], y=[sweep.dense_speed] * 2, name=f"{sweep.parent}, speed", mode="lines",
+                       line={"color": GREY, "dash": "dot"}, row=1, col=3)
     if sweep.best is not None:
         figure.add_vline(x=sweep.best.quality.p, line={"color": AMBER, "width": 1, "dash": "dot"}, row=1, col=1)
     for at, title in enumerate(("nats per token (measured)", "share of dense", "tokens per second (measured)"), 1):
@@ -96,13 +98,15 @@ def bench_figure(results: Sequence[Any]) -> go.Figure:
     for at, phase in enumerate(("prefill", "decode")):
         colour = (AMBER, BLUE)[at]
         figure.add_bar(x=names, y=[r.speed_up[at] for r in routed], name=f"{phase} speed-up (measured)",
-                       marker_color=colour, row=1, col=2)
+                       marker_color=colour, offsetgroup=phase, row=1, col=2)
         figure.add_scatter(
-            x=names, y=[r.ideal[at] for r in routed], name=f"{phase} ideal (counted)", mode="markers",
+            x=names, offsetgroup=phase, y=[r.ideal[at] for r in routed], name=f"{phase} ideal (counted)",
+            mode="markers",
             marker={"symbol": "line-ew-open", "size": 28, "color": colour, "line": {"width": 3}}, row=1, col=2,
         )
     figure.update_yaxes(title="decode, tokens per second (measured)", row=1, col=1)
     figure.update_yaxes(title="times faster than dense", row=1, col=2)
+    figure.update_layout(scattermode="group")
     return _dressed(figure, 400, legend=True)
 
 

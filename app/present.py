@@ -15,7 +15,10 @@ def waiting_sentence(ahead: int) -> str:
 
 
 def snippet(request: Any, tape: str, source: str) -> str:
-    """Python that makes a finished run again: the same model, prompt, seed, and p at every step."""
+    """Python that makes a finished run again: the same model, prompt, seed, and p at every step.
+
+    ``source``: the arguments of ``modification.load``.
+    """
     changes: list[tuple[int, Any]] = []
     new = 0
     for record in map(json.loads, tape.splitlines()):
@@ -33,7 +36,7 @@ def snippet(request: Any, tape: str, source: str) -> str:
         setup = _MOVING.format(changes=changes)
     return _SNIPPET.format(
         source=source, prompt=request.prompt.strip(), chat=request.chat, setup=setup, dial=dial,
-        new_tokens=request.max_new_tokens, temperature=request.temperature, top_p=request.top_p, top_k=request.top_k,
+        new_tokens=new, temperature=request.temperature, top_p=request.top_p, top_k=request.top_k,
         seed=request.seed,
     )
 
@@ -49,10 +52,12 @@ def moving():
     return [p for start, p in changes if start <= at][-1]
 
 """
-_SNIPPET = """import modification
+_SNIPPET = """import torch
+
+import modification
 from modification.loading import encode_prompt
 
-model, tokenizer = modification.load({source!r})
+model, tokenizer = modification.load({source})
 ids = encode_prompt(tokenizer, {prompt!r}, chat={chat})
 {setup}
 steps = modification.generate(

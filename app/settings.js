@@ -4,10 +4,12 @@
   const LIMIT = 200000;
 
   const parse = (name, text) => {
-    if (kinds[name] === 'Checkbox') return text === 'true' ? true : text === 'false' ? false : undefined;
-    if (kinds[name] === 'Slider' || kinds[name] === 'Number') {
+    const { kind, least, most } = kinds[name];
+    if (kind === 'Checkbox') return text === 'true' ? true : text === 'false' ? false : undefined;
+    if (kind === 'Slider' || kind === 'Number') {
       const value = Number(text);
-      return text.trim() !== '' && Number.isFinite(value) ? value : undefined;
+      if (text.trim() === '' || !Number.isFinite(value)) return undefined;
+      return Math.min(most === null ? value : most, Math.max(least === null ? value : least, value));
     }
     return text && text.length <= LIMIT ? text : undefined;
   };
@@ -15,9 +17,15 @@
 
   return {
     restore: (values) => {
-      const address = new URLSearchParams(location.search), memory = kept();
+      const address = new URLSearchParams(location.search), link = new URLSearchParams(location.search), memory = kept();
+      // The link has done its work: a reload goes on from this browser's settings.
+      if (names.some((name) => address.has(name))) {
+        names.forEach((name) => address.delete(name));
+        const rest = address.toString();
+        history.replaceState(null, '', location.pathname + (rest ? '?' + rest : ''));
+      }
       return values.map((value, at) => {
-        const name = names[at], given = address.get(name);
+        const name = names[at], given = link.get(name);
         const fromLink = given === null ? undefined : parse(name, given);
         if (fromLink !== undefined) return fromLink;
         const before = typeof memory[name] === 'undefined' || memory[name] === null ? undefined
@@ -26,7 +34,8 @@
       });
     },
     keep: (values) => {
-      localStorage.setItem(STORE, JSON.stringify(Object.fromEntries(names.map((name, at) => [name, values[at]]))));
+      const kept = JSON.stringify(Object.fromEntries(names.map((name, at) => [name, values[at]])));
+      try { localStorage.setItem(STORE, kept); } catch { /* a full or forbidden store */ }
     },
     link: (values) => {
       const address = new URL(location.href);

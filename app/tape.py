@@ -60,7 +60,7 @@ class Tape:
         self.meter = CostMeter(self.shape)
         self._add("h", {
             "id": secrets.token_hex(4), "depth": self.shape.depth, "mod": list(self.shape.mod_layers),
-            "anchors": self.anchors, "title": self.title,
+            "anchors": self.anchors, "title": self.title, "shape": dataclasses.asdict(self.shape),
         })
 
     def add(
@@ -114,7 +114,7 @@ class Tape:
         return "".join(self.lines)
 
     def _add(self, *record: Any) -> None:
-        self.lines.append(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
+        self.lines.append(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
 
 
 class Window:

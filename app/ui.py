@@ -35,7 +35,7 @@ def build(service: Service, sample: Path | None = None) -> gr.Blocks:
             with gr.Column(scale=3, min_width=300):
                 model = gr.Dropdown(
                     service.names(), value=next(iter(service.names()), None), label="Model, for all tabs",
-                    allow_custom_value=service.limits.free_models, elem_id="model",
+                    allow_custom_value=True, elem_id="model",
                 )
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Explore", id="explore"):
@@ -57,6 +57,8 @@ def build(service: Service, sample: Path | None = None) -> gr.Blocks:
         _remember(demo, {**explore.settings, "model": model}, link)
         demo.load(benchmark.on_paper, benchmark.paper_inputs, benchmark.paper_outputs, api_visibility="private",
                   show_progress="hidden")
+        demo.load(lambda: gr.update(choices=service.names()), None, model, api_visibility="private",
+                  show_progress="hidden")  # models may have been converted since
         demo.unload(_leave(service))
     demo.queue(max_size=4 * (service.limits.running + service.limits.waiting), default_concurrency_limit=None)
     return demo
@@ -102,7 +104,12 @@ def _remember(demo: gr.Blocks, settings: dict[str, Any], link: dict[str, Any]) -
     """Settings come from the link, else from this browser; every change is kept in this browser."""
     names = list(settings)
     script = (_HERE / "settings.js").read_text(encoding="utf-8")
-    kinds = {name: type(component).__name__ for name, component in settings.items()}
+    kinds = {
+        name: {
+            "kind": type(one).__name__, "least": getattr(one, "minimum", None), "most": getattr(one, "maximum", None),
+        }
+        for name, one in settings.items()
+    }
     call = f"({script.strip()})({json.dumps(names)}, {json.dumps(kinds)})"
     values = list(settings.values())
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}

@@ -116,9 +116,10 @@ def resolve(path_or_hub_id: str | Path) -> str:
     text = str(path_or_hub_id)
     try:
         folder = Path(text).expanduser()
-    except RuntimeError:  # ~someone who does not exist
-        folder = Path(text)
-    if folder.is_dir():
+        found = folder.is_dir()
+    except (RuntimeError, OSError, ValueError):  # ~someone who does not exist; a name too long, or with a null byte
+        found = False
+    if found:
         check_folder(folder)
         return str(folder)
     if text.startswith(_LOCAL_PREFIXES) or not HUB_ID.fullmatch(text):

@@ -6,6 +6,7 @@ A trace is what the app draws, what is exported and what is shipped as an exampl
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from modification.config import check_threshold, check_thresholds
 
 FORMAT = 1
+MOST_LAYERS = 1024  # in a trace that is read
 _SCORE_DIGITS = 4
 
 
@@ -142,6 +144,8 @@ class RoutingTrace:
             if values["format"] != FORMAT:
                 raise ValueError(f"format {values['format']!r}: this version reads format {FORMAT}")
             trace = cls(int(values["depth"]), tuple(int(i) for i in values["mod_layers"]))
+            if not 1 <= trace.depth <= MOST_LAYERS:
+                raise ValueError(f"{trace.depth} layers: expected 1 to {MOST_LAYERS}")
             if any(not 0 <= layer < trace.depth for layer in trace.mod_layers):
                 raise ValueError(f"MoD layers {trace.mod_layers} in a model of {trace.depth} layers")
             trace.steps = [_step_from_dict(step, len(trace.mod_layers)) for step in values["steps"]]
@@ -179,6 +183,10 @@ def _step_from_dict(values: dict[str, Any], layers: int) -> Step:
     tokens = np.asarray(values["tokens"], np.int64)
     shape = (layers, len(tokens))
     scores, routed = np.asarray(values["scores"], np.float32), np.asarray(values["routed"], np.bool_)
+    if not (np.isfinite(scores).all() and (scores >= 0).all() and (scores <= 1).all()):
+        raise ValueError("a score is not from 0 to 1")
+    if not math.isfinite(float(values["seconds"])):
+        raise ValueError(f"seconds {values['seconds']}: not a number")
     if not len(tokens) or scores.shape != shape or routed.shape != shape or len(values["logprobs"]) != len(tokens):
         raise ValueError(f"a step of {len(tokens)} tokens has scores of shape {scores.shape}, not {shape}")
     logprobs = np.asarray([np.nan if v is None else v for v in values["logprobs"]], np.float32)

@@ -65,12 +65,14 @@ def test_mcp_offers_the_same_four_as_tools(tmp_path):
     from app.headless import served
 
     async def ask(address):
-        async with streamablehttp_client(f"{address}/gradio_api/mcp/") as (read, write, _):
-            async with ClientSession(read, write) as session:
-                await session.initialize()
-                tools = {tool.name: tool.description for tool in (await session.list_tools()).tools}
-                made = await session.call_tool("estimate", {"config": "llama-2-7b"})
-                return tools, made.content[0].text
+        async with (
+            streamablehttp_client(f"{address}/gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = {tool.name: tool.description for tool in (await session.list_tools()).tools}
+            made = await session.call_tool("estimate", {"config": "llama-2-7b"})
+            return tools, made.content[0].text
 
     with served("--mcp", "--converted", str(tmp_path)) as address:
         tools, text = asyncio.run(ask(address))

@@ -98,7 +98,8 @@ def test_settings_reach_the_service_as_they_were_set():
     generate(service, seed=-1, shifts={"1": 0.25}, temperature=0.7)
     name, (session, p, request), _ = service.asked[0]
     assert (name, session, p) == ("run", "someone", 0.5)
-    assert (request.seed, request.shifts, request.temperature) == (None, (0.0, 0.25), 0.7)
+    assert (request.shifts, request.temperature) == ((0.0, 0.25), 0.7)
+    assert request.seed >= 0, "drawn here, so that the snippet can tell it"
 
 
 @pytest.mark.parametrize("error", [UserError("Too long. Shorten it."), RuntimeError("secret detail")])
@@ -152,7 +153,9 @@ def point(p, loss):
 
 
 def swept(*points, best=None):
-    return SimpleNamespace(points=points, dense=2.0, parent="dense (dense)", tokens=64, within=0.02, best=best)
+    return SimpleNamespace(
+        points=points, dense=2.0, dense_speed=50.0, parent="dense (dense)", tokens=64, within=0.02, best=best
+    )
 
 
 def test_a_sweep_fills_table_plot_and_sentence():

@@ -7,7 +7,11 @@ const STORE = 'modification-votes';
 
 let talk = null;
 
+// A blind conversation that was voted on stays open: its names are known now, so that no further vote would be blind.
+let known = '';
+
 function fresh(head) {
+  if (!head) known = '';
   talk = { head, consumed: 0, names: ['', ''], blind: false, turns: [], revealed: false };
   list.replaceChildren();
 }
@@ -27,7 +31,9 @@ function read() {
 }
 
 function record([kind, ...rest]) {
-  if (kind === 'h') Object.assign(talk, { names: rest[0].names, blind: rest[0].blind });
+  if (kind === 'h') {
+    Object.assign(talk, { names: rest[0].names, blind: rest[0].blind, revealed: known === rest[0].names.join() });
+  }
   else if (kind === 'u') ask(rest[0]);
   else if (kind === 't') say(rest[0], rest[1]);
   else if (kind === 'd') differ(rest[0]);
@@ -135,10 +141,12 @@ function vote(choice) {
   const cast = votes();
   cast.push({ time: new Date().toISOString(), message: turn.message, left: talk.names[0], right: talk.names[1],
     answers: turn.text, winner });
-  localStorage.setItem(STORE, JSON.stringify(cast.slice(-1000)));
   talk.revealed = true;
+  known = talk.names.join();
   names();
+  try { localStorage.setItem(STORE, JSON.stringify(cast.slice(-1000))); } catch { /* a full or forbidden store */ }
   ballot();
+  tallyLine.focus();
 }
 
 function save(name, type, content) {

@@ -17,6 +17,9 @@ function reset(id) {
   story.replaceChildren();
   select(null);
   tip.hidden = true;
+  preview = null;
+  find('[data-tool="actual"]').disabled = true;
+  find('.mod-view').classList.remove('previewing');
 }
 
 // The value is a window on the tape: {id, at, d}, the lines from number `at` on.
@@ -48,7 +51,7 @@ function record(entry, fresh) {
 }
 
 function header(info) {
-  Object.assign(state, { title: info.title, depth: info.depth, mod: info.mod, anchors: info.anchors });
+  Object.assign(state, { title: info.title, depth: info.depth, mod: info.mod, anchors: info.anchors, shape: info.shape });
   state.rows = new Map(info.mod.map((layer, at) => [layer, at]));
   state.ran = info.mod.map(() => 0);
   title.textContent = info.title;

@@ -27,7 +27,7 @@ function close(column, one) {
   const kind = { p: 'prompt', s: 'control token', n: 'new' }[one.kind];
   const head = part('h3', '', `Token ${column}: ${quoted(one)} · ${kind}`);
   const body = part('div', 'mod-close');
-  body.append(chart(one, column), beside(one, column));
+  body.append(chart(one), beside(one, column));
   return [head, body];
 }
 
@@ -63,7 +63,7 @@ const percent = (logprob) => {
 };
 
 // Scores over layers, with p as a line; filled where the token ran.
-function chart(one, column) {
+function chart(one) {
   const width = Math.max(200, Math.min(460, 26 * state.depth + 40)), height = 130, left = 26, bottom = 18;
   const x = (layer) => left + (layer + 0.5) * (width - left - 6) / state.depth;
   const y = (value) => 6 + (1 - value) * (height - bottom - 10);
@@ -101,8 +101,9 @@ function hover(column, layer) {
     : `score ${one.values[place].toFixed(3)}, p ${threshold(one, place)} → ${one.ran[place] ? 'processed' : 'skipped'}`
       + (column < state.anchors ? ' (an anchor, always runs)' : '');
   const used = state.depth - state.mod.length + one.used;
+  const would = preview === null || place === undefined ? '' : `\nat p ${preview}: ${runs(one, place, column) ? 'processed' : 'skipped'} (a preview)`;
   tip.textContent = `token ${column}: ${quoted(one)}${one.kind === 'n' ? '' : ' (prompt)'}\nlayer ${layer}: ${decision}\n`
-    + `runs through ${used} of ${state.depth} layers`;
+    + `runs through ${used} of ${state.depth} layers${would}`;
   tip.hidden = false;
   const box = find('.mod-view').getBoundingClientRect(), map = canvas.getBoundingClientRect();
   const x = map.left - box.left + column * cell - scroll.scrollLeft, y = map.top - box.top + TOP + layer * rowHeight();

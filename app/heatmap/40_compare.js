@@ -1,6 +1,13 @@
 // Part 4: a pinned run beside the one shown, and the picture at another p.
 
 const banner = find('.mod-banner');
+const DECISIONS = { run: 'processed', skip: 'skipped: score below p', dense: 'dense layer, always runs', mark: 'p changed here' };
+const LEGENDS = {
+  score: { ...DECISIONS, run: 'processed, stronger with the score' },
+  decision: DECISIONS,
+  depth: { ...DECISIONS, run: 'MoD layers that the token ran through', skip: 'skipped layers leave the bar short', dense: 'dense layers' },
+  difference: { run: 'ran in this run alone', skip: 'ran in the pinned run alone', dense: 'ran in both', mark: 'first difference' },
+};
 
 function pin() {
   if (!state || !state.columns.length) return;
@@ -34,6 +41,7 @@ function drawDifference(context, colours, at, x) {
 }
 
 function comparison() {
+  if (pinned && pinned.mod !== state.mod.join()) return 'The pinned run has other MoD layers: the two cannot be compared.';
   if (!comparable()) return pinned ? 'This run is pinned. Generate another: "difference to pinned run" then compares the two.' : '';
   const at = parting(), end = Math.min(state.columns.length, pinned.columns.length);
   let other = 0, cells = 0;
@@ -59,10 +67,7 @@ function say() {
   if (pinned) lines.push(comparison());
   banner.textContent = lines.filter(Boolean).join(' ');
   banner.hidden = !banner.textContent;
-  const difference = mode === 'difference';
-  find('[data-legend="run"]').textContent = difference ? 'ran in this run alone' : 'processed, stronger with the score';
-  find('[data-legend="skip"]').textContent = difference ? 'ran in the pinned run alone' : 'skipped: score below p';
-  find('[data-legend="mark"]').textContent = difference ? 'first difference' : 'p changed here';
+  for (const [name, text] of Object.entries(LEGENDS[mode])) find(`[data-legend="${name}"]`).textContent = text;
 }
 
 function previewAt(p) {

@@ -53,7 +53,7 @@ function json() {
   });
   const special = state.columns.flatMap((one, at) => (one.kind === 's' ? [at] : []));
   const likely = steps.map((_, number) => state.columns[state.steps[number].columns - 1].likely.map(([text]) => text));
-  const info = { title: state.title, note: state.note, anchors: state.anchors, special, likely };
+  const info = { title: state.title, note: state.note, shape: state.shape, anchors: state.anchors, special, likely };
   save('routing.json', 'application/json', JSON.stringify({
     format: 1, depth: state.depth, mod_layers: state.mod, texts: state.columns.map((one) => one.text), info, steps,
   }));

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from app.errors import UserError
 from app.service.jobs import Finished, Report, batches
 from app.service.library import Loaded
 from app.service.pieces import PieceReader
@@ -33,7 +34,7 @@ class Turn:
 
 
 @dataclass(slots=True)
-class Thread:
+class Side:
     """One side of a conversation: its model and what its cache was filled with."""
 
     loaded: Loaded
@@ -72,18 +73,30 @@ class Conversation:
     Attributes:
         names: the two models' names, in the order shown.
         tape: all turns as the page shows them.
-        idle: set while no answer is being made.
+        busy: held while an answer is being made or a turn taken back.
+        closed: whether the caches go as soon as it is not busy.
     """
 
     names: tuple[str, str]
     tape: ChatTape
     turns: list[Turn] = field(default_factory=list)
-    threads: list[Thread] = field(default_factory=list)
+    threads: list[Side] = field(default_factory=list)
     used: float = field(default_factory=time.monotonic)
-    idle: threading.Event = field(default_factory=threading.Event)
+    busy: threading.Lock = field(default_factory=threading.Lock)
+    closed: bool = False
 
-    def __post_init__(self) -> None:
-        self.idle.set()
+    @contextlib.contextmanager
+    def alone(self, patience: float = 0.0) -> Iterator[None]:
+        """Nobody else answers or cuts meanwhile; UserError if an answer is still being made after ``patience``."""
+        if not self.busy.acquire(timeout=patience):
+            raise UserError("An answer is still being made. Wait for it, or press Stop.")
+        try:
+            yield
+        finally:
+            self.used = time.monotonic()
+            self.busy.release()
+            if self.closed:
+                self._free()
 
     def cut(self, turns: int) -> None:
         """Take back all turns but so many."""
@@ -91,7 +104,13 @@ class Conversation:
         self.tape.cut(turns)
 
     def close(self) -> None:
-        """Free both caches."""
+        """Free both caches, now or when the answer under way has come to its end."""
+        self.closed = True
+        if self.busy.acquire(blocking=False):
+            self.busy.release()
+            self._free()
+
+    def _free(self) -> None:
         for thread in self.threads:
             thread.close()
 
@@ -114,7 +133,8 @@ class Chats:
         with self._table:
             old = self._open.pop(session, None)
             self._open[session] = conversation
-            spare = [self._open.pop(next(iter(self._open))) for _ in range(max(0, len(self._open) - self.limits.chats))]
+            quiet = [name for name, one in self._open.items() if name != session and not one.busy.locked()]
+            spare = [self._open.pop(name) for name in quiet[: max(0, len(self._open) - self.limits.chats)]]
         for one in ([old] if old is not None and old is not conversation else []) + spare:
             one.close()
 
@@ -124,6 +144,13 @@ class Chats:
             found = self._open.pop(session, None)
         if found is not None:
             found.close()
+
+    def close_idle(self, now: float) -> None:
+        """Close conversations that nobody has gone on with for a while."""
+        with self._table:
+            idle = [name for name, one in self._open.items() if now - one.used > self.limits.idle]
+        for name in idle:
+            self.close(name)
 
     def __len__(self) -> int:
         return len(self._open)
@@ -143,11 +170,10 @@ def answer(
     _seat(conversation, models)
     tape, turn = conversation.tape, Turn(message)
     sides = [
-        _Side(thread, _messages(conversation.turns, at, message), dial, request, limits)
+        _Answer(thread, _messages(conversation.turns, at, message), dial, request, limits)
         for at, (thread, dial) in enumerate(zip(conversation.threads, dials, strict=True))
     ]
     conversation.turns.append(turn)
-    conversation.idle.clear()
     tape.ask(message)
     try:
         with contextlib.closing(batches(functools.partial(_in_turn, sides), limits.frame)) as made:
@@ -164,18 +190,16 @@ def answer(
                         tape.figures(at, side.figures())
                 yield tape.text
     finally:
-        conversation.used = time.monotonic()
         for at, side in enumerate(sides):
             turn.figures[at] = side.figures()
             if side.going:
                 tape.figures(at, side.figures())
                 tape.end(at, "Stopped.")
             side.thread.said(side.text, side.tokens)
-        conversation.idle.set()
     yield tape.text
 
 
-def _in_turn(sides: list[_Side], report: Report) -> None:
+def _in_turn(sides: list[_Answer], report: Report) -> None:
     """A step of each side in turn, with its own seconds; None when a side has come to its end."""
     going = list(enumerate(sides))
     try:
@@ -195,10 +219,10 @@ def _seat(conversation: Conversation, models: tuple[Loaded, Loaded]) -> None:
     """A thread for each model; one whose model was loaded anew starts over."""
     for at, loaded in enumerate(models):
         if len(conversation.threads) <= at:
-            conversation.threads.append(Thread(loaded, loaded.model.new_cache()))
+            conversation.threads.append(Side(loaded, loaded.model.new_cache()))
         elif conversation.threads[at].loaded is not loaded:
             conversation.threads[at].close()
-            conversation.threads[at] = Thread(loaded, loaded.model.new_cache())
+            conversation.threads[at] = Side(loaded, loaded.model.new_cache())
 
 
 def _messages(turns: list[Turn], side: int, message: str) -> list[dict[str, str]]:
@@ -208,11 +232,11 @@ def _messages(turns: list[Turn], side: int, message: str) -> list[dict[str, str]
     return [*told, {"role": "user", "content": message}]
 
 
-class _Side:
+class _Answer:
     """One model's answer under way."""
 
     def __init__(
-        self, thread: Thread, messages: list[dict[str, str]], dial: Dial, request: Request, limits: Limits
+        self, thread: Side, messages: list[dict[str, str]], dial: Dial, request: Request, limits: Limits
     ) -> None:
         self.thread, loaded = thread, thread.loaded
         ids = thread.prompt(messages)

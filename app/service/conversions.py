@@ -5,6 +5,7 @@ A process can be ended at any moment, and what it wrote stays: checkpoints, log 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -20,11 +21,13 @@ import numpy as np
 import torch
 
 from app.errors import UserError
-from modification.loading import load_dense_or_mod
-from modification.measure.memory import available_bytes
+from modification import MoDModel
+from modification.loading import load_dense_or_mod, resolve
+from modification.measure.memory import available_bytes, weight_bytes
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
 _POLL = 0.5
+_PATIENCE = 5.0  # seconds
 _PASSES = 4.0  # a training step's work over one forward pass: student forward and twice that backward, teacher forward
 _COPIES = 5  # float32 numbers per weight: student, teacher, gradient and Adam's two moments
 
@@ -97,9 +100,18 @@ class Conversions:
         """
         self.check(plan)
         try:
-            model, _ = load_dense_or_mod(plan.parent, dtype=torch.float32)
+            source, free = resolve(plan.parent), available_bytes()
+            least = _COPIES * weight_bytes(source, torch.float32)
+            if least > free:
+                raise UserError(
+                    f"Training {plan.parent} takes at least {least / 1e9:.1f} GB (estimated) and "
+                    f"{free / 1e9:.1f} GB are free: choose a smaller model."
+                )
+            model, _ = load_dense_or_mod(source, dtype=torch.float32)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if isinstance(model, MoDModel):
+            raise UserError(f"{plan.parent} is a MoD model already: choose its dense parent.")
         count = sum(p.numel() for p in model.parameters())
         ids = torch.zeros(plan.batch, plan.block, dtype=torch.long)
         times = []
@@ -132,9 +144,9 @@ class Conversions:
                 f"{plan.tokens:,} tokens are {plan.steps} steps of {plan.block * plan.batch:,}: give at least "
                 f"{10 * plan.block * plan.batch:,}."
             )
-        if not Path(plan.data).is_file():
+        if not _path(plan.data).is_file():
             raise UserError(f"There is no text file at {plan.data}. Upload one, or give its path.")
-        return self.folder / plan.name
+        return _path(self.folder) / plan.name
 
     def run(self, plan: Plan) -> Iterator[Progress]:
         """Convert; progress until the end. Closing the iterator ends the process and keeps its last checkpoint.
@@ -143,36 +155,48 @@ class Conversions:
             UserError: a plan that will not do, or another conversion that is going on.
         """
         out = self.check(plan)
-        if not self._busy.acquire(blocking=False):
+        plan = dataclasses.replace(plan, data=str(_path(plan.data)), parent=_placed(plan.parent))
+        if not self._busy.acquire(timeout=_PATIENCE):  # one that was cancelled may be about to end
             raise UserError("Another conversion is going on here, and one at a time is all that fits. Try later.")
+        output, began = self.folder / f"{plan.name}.out", time.monotonic()
         try:
-            yield from self._watch(plan, out)
-        finally:
+            process = self._start(plan, out, output)
+        except BaseException:
             self._busy.release()
-
-    def _watch(self, plan: Plan, out: Path) -> Iterator[Progress]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        output = self.folder / f"{plan.name}.out"
-        began = time.monotonic()
-        with output.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                [sys.executable, *plan.command(out)], stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                cwd=Path(__file__).resolve().parents[2],
-            )
+            raise
         try:
             fresh = len(_log(out / "log.jsonl")) if plan.resume else 0
             while (code := process.poll()) is None:
                 yield _progress(plan, out, began, fresh)
                 time.sleep(_POLL)
         finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait(20)
+            # Not here: whoever closes this iterator must not wait for the process.
+            threading.Thread(target=self._end, args=(process,), daemon=True).start()
         end, failed = f"Converted: {out}", False
         if code:
-            end, failed = _last_words(output), True
+            end, failed = _last_words(output) if code > 0 else f"The conversion was ended by signal {-code}.", True
         now = _progress(plan, out, began, fresh)
         yield Progress(plan.steps, now.log, now.seconds, 0.0, end, failed)
+
+
+    def _start(self, plan: Plan, out: Path, output: Path) -> subprocess.Popen[bytes]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with output.open("w", encoding="utf-8") as file:
+            return subprocess.Popen(
+                [sys.executable, *plan.command(out)], stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                cwd=Path(__file__).resolve().parents[2],
+            )
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """See the process to its end, and let the next one in."""
+        try:
+            process.terminate()
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        finally:
+            self._busy.release()
 
 
 def _progress(plan: Plan, out: Path, began: float, fresh: int) -> Progress:
@@ -182,6 +206,15 @@ def _progress(plan: Plan, out: Path, began: float, fresh: int) -> Progress:
         done = log[-1]["step"] - (log[fresh - 1]["step"] if fresh else 0)
         left = seconds / done * (plan.steps - log[-1]["step"])
     return Progress(plan.steps, tuple(log), seconds, left)
+
+
+def _path(given: str | Path) -> Path:
+    """A path as the user means it, whatever folder a process runs in."""
+    return Path(given).expanduser().resolve()
+
+
+def _placed(parent: str) -> str:
+    return str(_path(parent)) if _path(parent).is_dir() else parent
 
 
 def _log(path: Path) -> list[dict[str, Any]]:

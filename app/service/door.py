@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from app.service import measuring
 from app.service.chats import Chats, Conversation, answer
 from app.service.conversions import Conversions, Plan, Progress
 from app.service.jobs import Finished, Report, in_background
-from app.service.library import Library, Loaded, Options
+from app.service.library import DTYPES, Library, Loaded, Options, parse
 from app.service.requests import Dial, Limits, Request
 from app.service.runs import Update, stream_tape
 from app.service.turnstile import Turnstile
@@ -48,7 +49,8 @@ class Service:
     ) -> None:
         self.limits = limits or Limits()
         self.conversions = Conversions(converted or Path("converted"))
-        self.library = Library({**self.conversions.finished(), **shipped}, self.limits)
+        made = {name: path for name, path in self.conversions.finished().items() if name not in shipped}
+        self.library = Library({**shipped, **made}, self.limits)
         self.traces = traces
         self._dials: dict[str, Dial] = {}
         self._chats = Chats(self.limits)
@@ -62,12 +64,18 @@ class Service:
 
     def parent_of(self, name: str) -> str | None:
         """The listed dense parent of a model, by its name without ``-MoD``."""
-        parent = name.removesuffix("-MoD")
-        return parent if parent != name and parent in self.library.listed else None
+        source, options = parse(name)
+        parent = source.removesuffix("-MoD")
+        return options.label(parent) if parent != source and parent in self.library.listed else None
 
     def source_of(self, name: str) -> str:
-        """The folder or Hub id behind a model's name."""
-        return str(self.library.listed.get(name.strip(), name.strip()))
+        """How Python loads the model of that name: the arguments of ``modification.load``."""
+        source, options = parse(name)
+        chosen = [repr(str(self.library.listed.get(source, source)))]
+        chosen += [f"dtype={DTYPES[options.dtype]!s}"] if options.dtype else []
+        chosen += [f"quantization={options.quantization!r}"] if options.quantization else []
+        chosen += [f"device_map={{'': {options.device!r}}}"] if options.device else []
+        return ", ".join(chosen)
 
     def mod_layers(self, name: str) -> tuple[int, ...]:
         """Indices of a model's MoD layers without loading it; empty where that can't be told."""
@@ -92,10 +100,11 @@ class Service:
     def keep_tidy(self, every: float = 30.0) -> threading.Thread:
         """Start letting go of unused models in the background."""
         def tidy() -> None:
-            while not pause.wait(every):
+            while True:
+                time.sleep(every)
+                self._chats.close_idle(time.monotonic())
                 self.library.unload_idle()
 
-        pause = threading.Event()
         thread = threading.Thread(target=tidy, daemon=True)
         thread.start()
         return thread
@@ -120,18 +129,18 @@ class Service:
             )
         try:
             return tape_of_trace(RoutingTrace.from_json(data.decode("utf-8")))
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"This file can't be shown: {error}. Load a JSON file that this app exported.") from error
 
     # Explore
 
     def set_p(self, session: str, p: float, shifts: Sequence[float] | None = None) -> float:
         """Move a session's dial: its run in progress, if any, reads it at the next token."""
-        value = check_threshold(p)
+        value = _threshold(p)
         if (dial := self._dials.get(session)) is not None:
             dial.p = value
-            if shifts is not None:
-                dial.shifts = tuple(shifts)[: len(dial.shifts)] if dial.shifts else ()
+            if shifts is not None and len(shifts) == len(dial.shifts):
+                dial.shifts = tuple(shifts)
         return value
 
     def run(self, session: str, p: float, request: Request) -> Iterator[Update]:
@@ -141,9 +150,10 @@ class Service:
             UserError: an empty or overlong prompt, a model that can't be loaded, a full queue.
         """
         prompt = self.limits.check_prompt(request.prompt)
-        with self._dial(session, Dial(check_threshold(p), request.shifts)) as dial, self._place() as line:
+        dial = Dial(_threshold(p), request.shifts)
+        yield from self._load(request.model)
+        with self._dial(session, dial), self._place() as line:
             yield from line
-            yield from self._load(request.model)
             with self.library.lend(request.model) as loaded:
                 for tape in stream_tape(loaded, dial, prompt, request, self.limits):
                     yield Update(tape=tape.text)
@@ -169,27 +179,28 @@ class Service:
         """
         message = self.limits.check_prompt(request.prompt)
         key = f"{session}/chat"
-        with self._dial(key, Dial(check_threshold(p))) as dial, self._place() as line:
+        dial = Dial(_threshold(p))
+        yield from self._both(*models)
+        with self._dial(key, dial), self._place() as line:
             yield from line
-            for name in models:
-                yield from self._load(name)
             with self.library.lend(models[0]) as dense, self.library.lend(models[1]) as routed:
                 conversation, swapped = self._conversation(session, (dense, routed), blind)
-                if turns is not None:
-                    conversation.cut(turns)
                 sides, dials = (dense, routed), (Dial(0.0), dial)
                 if swapped:
                     sides, dials = (routed, dense), (dial, Dial(0.0))
-                for tape in answer(conversation, sides, message, dials, request, self.limits):
-                    yield Update(tape=tape)
+                with conversation.alone(_PATIENCE):
+                    if turns is not None:
+                        conversation.cut(turns)
+                    for tape in answer(conversation, sides, message, dials, request, self.limits):
+                        yield Update(tape=tape)
 
     def chat_tape(self, session: str) -> str:
         """The session's conversation as it stands, once an answer under way has come to its end."""
         conversation = self._chats.of(session)
         if conversation is None:
             return ""
-        conversation.idle.wait(_PATIENCE)
-        return conversation.tape.text
+        with conversation.alone(_PATIENCE):
+            return conversation.tape.text
 
     def chat_turns(self, session: str) -> list[str]:
         """The session's messages so far."""
@@ -209,8 +220,8 @@ class Service:
         """Take back all turns of a conversation but so many; its tape."""
         conversation = self._chats.of(session)
         if conversation is not None:
-            conversation.idle.wait(_PATIENCE)
-            conversation.cut(max(0, turns))
+            with conversation.alone(_PATIENCE):
+                conversation.cut(max(0, turns))
         return self.chat_tape(session)
 
     def close(self, session: str) -> None:
@@ -222,7 +233,7 @@ class Service:
         swapped."""
         names = (f"{models[0].name}, every layer", f"{models[1].name}, routed at p")
         found = self._chats.of(session)
-        if found is None or set(found.names) != set(names) or found.tape.blind != blind:
+        if found is None or found.closed or set(found.names) != set(names) or found.tape.blind != blind:
             shown = names if not (blind and secrets.randbelow(2)) else names[::-1]
             found = Conversation(shown, ChatTape(shown, blind))
         self._chats.put(session, found)
@@ -234,9 +245,9 @@ class Service:
         self, model: str, parent: str | None, text: str, grid: Sequence[float], within: float
     ) -> Iterator[Update]:
         """A text over a grid of p: the sweep so far, again and again; the last is whole."""
+        yield from self._both(model, parent)
         with self._place() as line:
             yield from line
-            yield from self._both(model, parent)
             with contextlib.ExitStack() as kept:
                 loaded = kept.enter_context(self.library.lend(model))
                 dense = kept.enter_context(self.library.lend(parent)) if parent else None
@@ -250,9 +261,9 @@ class Service:
         rounds: int, stock: bool,
     ) -> Iterator[Update]:
         """Time a model against its dense parent: sentences, then the results."""
+        yield from self._both(model, parent)
         with self._place() as line:
             yield from line
-            yield from self._both(model, parent)
             with contextlib.ExitStack() as kept:
                 loaded = kept.enter_context(self.library.lend(model))
                 dense = kept.enter_context(self.library.lend(parent)) if parent else None
@@ -281,6 +292,8 @@ class Service:
         """Convert a model; it is listed when done."""
         self._may_convert()
         self.library.check(plan.parent)
+        if plan.name in self.library.listed and not plan.resume:
+            raise UserError(f"There is a model called {plan.name} already. Choose another name.")
         for progress in self.conversions.run(self._resolved(plan)):
             if progress.ended and not progress.failed:
                 self.library.listed.update(self.conversions.finished())
@@ -335,6 +348,13 @@ class Service:
     def _both(self, model: str, parent: str | None) -> Iterator[Update]:
         for name in filter(None, (model, parent)):
             yield from self._load(name)
+
+
+def _threshold(p: object) -> float:
+    try:
+        return check_threshold(p)
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
 
 
 def _reports(work: Callable[[Report], Any]) -> Iterator[Update]:

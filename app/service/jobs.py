@@ -13,7 +13,7 @@ from typing import Any
 
 Report = Callable[[Any], None]
 _BEAT = 0.5  # seconds after which a reader hears that there is nothing new
-_PATIENCE = 5.0  # seconds that work may take to its next report once nobody reads it
+_PATIENCE = 0.1  # seconds to wait for the end of work that nobody reads any more; Gradio closes on its event loop
 _LEAST = 0.001
 
 
@@ -32,7 +32,7 @@ def batches(work: Callable[[Report], Any], frame: float) -> Iterator[list[Any]]:
     """What ``work(report)`` reports, gathered for ``frame`` seconds at a time; the last report is Finished.
 
     The first batch comes at once; an empty one now and then while nothing is reported. Closing the iterator cancels
-    the work at its next report and waits for its end. An error of the work is raised here, after its reports.
+    the work at its next report. An error of the work is raised here, after its reports.
     """
     job = _Job(work)
     try:

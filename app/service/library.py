@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 import threading
 import time
@@ -41,6 +42,11 @@ class Options:
         for value, known in ((self.dtype, DTYPES), (self.quantization, QUANTIZATIONS), (self.device, DEVICES)):
             if value is not None and value not in known:
                 raise UserError(f"{value!r} is no way to load a model: choose among {', '.join(known)}.")
+
+    @property
+    def place(self) -> str:
+        """The device it is loaded on: the one chosen, or the best there is."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def label(self, source: str) -> str:
         """The source with what was chosen in brackets; :func:`parse` reads it back."""
@@ -128,9 +134,13 @@ class Library:
         Raises:
             UserError: it can't be loaded; the message says why.
         """
-        loaded = self.open(name)
-        with self._table:
-            loaded.users += 1
+        key, loaded = self.check(name), None
+        while loaded is None:  # let go again between being loaded and being lent: once more
+            for _ in self.loading(key):
+                pass
+            with self._table:
+                if (loaded := self._touch(key)) is not None:
+                    loaded.users += 1
         try:
             yield loaded
         finally:
@@ -140,10 +150,8 @@ class Library:
 
     def open(self, name: str) -> Loaded:
         """The model, loaded if need be."""
-        for _ in self.loading(name):
-            pass
-        found = self._held(name.strip())
-        return found if found is not None else self.open(name)  # dropped between the two: again
+        with self.lend(name) as loaded:
+            return loaded
 
     def loading(self, name: str) -> Iterator[float]:
         """Load a model in the background: the seconds so far, until it is there. Whoever stops reading leaves the
@@ -153,9 +161,9 @@ class Library:
             UserError: it can't be loaded.
         """
         key = self.check(name)
-        if self._held(key) is not None:
-            return
         with self._table:
+            if self._touch(key) is not None:
+                return
             job = self._loading.get(key)
             if job is None:
                 job = self._loading[key] = _Loading()
@@ -170,10 +178,10 @@ class Library:
         key = name.strip() if isinstance(name, str) else ""
         if not key:
             raise UserError("Choose a model, or type the path of a model folder.")
-        source, _ = parse(key)
+        source, options = parse(key)
         if source not in self.listed and not self.limits.free_models:
             raise UserError(f"{source} is not among the models offered here. Choose one from the list.")
-        return key
+        return options.label(source)
 
     def needs(self, name: str) -> tuple[int, int]:
         """Bytes that loading a model takes (estimated), and bytes that are free (measured).
@@ -187,7 +195,7 @@ class Library:
             taken = weight_bytes(path, DTYPES.get(options.dtype or ""), options.quantization)
         except ValueError as error:
             raise UserError(str(error)) from error
-        return int(taken * _LOAD_ROOM), available_bytes(options.device)
+        return int(taken * _LOAD_ROOM), available_bytes(options.place)
 
     def mod_layers(self, name: str) -> tuple[int, ...]:
         """Indices of a model's MoD layers, from memory or from its folder's config; empty where that can't be told."""
@@ -213,10 +221,14 @@ class Library:
     def _held(self, key: str) -> Loaded | None:
         """A model in memory, marked as used last."""
         with self._table:
-            if key in self._models:
-                self._models[key] = self._models.pop(key)
-                self._models[key].used = time.monotonic()
-            return self._models.get(key)
+            return self._touch(key)
+
+    def _touch(self, key: str) -> Loaded | None:
+        """The same, with the table locked already."""
+        if key in self._models:
+            self._models[key] = self._models.pop(key)
+            self._models[key].used = time.monotonic()
+        return self._models.get(key)
 
     def _work(self, key: str, job: _Loading) -> None:
         try:
@@ -239,8 +251,21 @@ class Library:
                 del self._models[spare.pop(0)]
             self._models[key] = loaded
 
+    def _let_go(self) -> int:
+        """Drop all models that nobody uses right now; how many there were."""
+        with self._table:
+            spare = [key for key, model in self._models.items() if not model.users]
+            for key in spare:
+                del self._models[key]
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return len(spare)
+
     def _load(self, key: str) -> Loaded:
         taken, free = self.needs(key)
+        if taken > free and self._let_go():
+            taken, free = self.needs(key)
         if taken > free:
             raise UserError(
                 f"{key} needs about {taken / 1e9:.1f} GB (estimated) and {free / 1e9:.1f} GB are free: choose a "
@@ -251,7 +276,7 @@ class Library:
             found, tokenizer = load_dense_or_mod(
                 self.listed.get(source, source), dtype=DTYPES.get(options.dtype or ""),
                 quantization=options.quantization,  # type: ignore[arg-type]
-                device_map={"": options.device} if options.device else None,
+                device_map={"": options.place},
             )
             trained, model = isinstance(found, MoDModel), as_mod(found)
             executor_of(model)  # compiled and checked now, not in the first run
@@ -265,5 +290,5 @@ class _Loading:
     """A load under way."""
 
     def __init__(self) -> None:
-        self.done, self.began, self.error = threading.Event(), time.monotonic(), None  # type: ignore[var-annotated]
-        self.error: str | None
+        self.done, self.began = threading.Event(), time.monotonic()
+        self.error: str | None = None

@@ -16,7 +16,6 @@ from modification.conversion.data import pack
 from modification.measure.bench import Result, bench, dense_twin
 from modification.measure.estimate import Estimate, config_of, devices, estimate, own_layers
 from modification.measure.presets import presets
-from modification.measure.quality import evaluate
 from modification.measure.tradeoff import Point, largest_within, point
 
 LEAST_TOKENS, BLOCK = 32, 512
@@ -29,6 +28,7 @@ class Sweep:
 
     Attributes:
         dense: nats per token of the dense parent; of the model at p = 0 where no parent was given.
+        dense_speed: the same side's tokens per second of prefill.
         parent: what ``dense`` is the loss of.
         tokens: scored.
         within: share by which the loss may exceed ``dense``, and the point with the largest p that stays within.
@@ -36,6 +36,7 @@ class Sweep:
 
     points: tuple[Point, ...]
     dense: float
+    dense_speed: float
     parent: str
     tokens: int
     within: float
@@ -52,16 +53,20 @@ def sweep_text(
         UserError: a text too short or a grid out of bounds.
     """
     blocks = _blocks(loaded, text, limits)
+    if len(grid) > limits.thresholds:
+        raise UserError(f"{len(grid)} thresholds are too many: at most {limits.thresholds} are measured at once.")
     if not grid or not all(0 <= p <= 1 for p in grid):
         raise UserError(f"The grid {list(grid)} has to be one or more numbers from 0 to 1.")
     name = f"{parent.name} (dense)" if parent else f"{loaded.name} at p = 0"
     with (parent or loaded).lock:
-        dense = evaluate((parent or loaded).model, _blocks(parent, text, limits) if parent else blocks, 0.0).loss
+        reference = point((parent or loaded).model, _blocks(parent, text, limits) if parent else blocks, 0.0)
+    dense = reference.quality.loss
     points: list[Point] = []
     for p in grid:
         with loaded.lock:
             points.append(point(loaded.model, blocks, p))
-        found = Sweep(tuple(points), dense, name, int(blocks.size), within, largest_within(points, dense, within))
+        best = largest_within(points, dense, within)
+        found = Sweep(tuple(points), dense, reference.speed, name, int(blocks.size), within, best)
         report(found)
     return found
 
@@ -84,7 +89,14 @@ def bench_model(
     Raises:
         UserError: a value out of bounds.
     """
-    dense = parent.model if parent is not None else dense_twin(loaded.model)
+    # A dense model is held with routers of its own, for the other tabs: stock generate must not meet them.
+    for name, values, most in (
+        ("contexts", contexts, 8), ("loads", loads, 8), ("decode steps", range(new_tokens), 512),
+        ("rounds", range(rounds), 20),
+    ):
+        if len(values) > most:
+            raise UserError(f"{len(values):,} {name} are too many here: at most {most}.")
+    dense = dense_twin((parent or loaded).model)
     try:
         with loaded.lock:
             return bench(

@@ -20,6 +20,7 @@ class Limits:
         idle: seconds after which a model that nobody uses is unloaded.
         chats: conversations whose caches are kept; the least recent goes first.
         text_tokens: longest text of a sweep.
+        thresholds: most of a sweep.
         trace_bytes: largest trace that can be loaded.
         frame: least seconds between two pictures of a run; a message a token would cost more than the token.
         free_models: whether folders and Hub ids may be typed in; off, only listed models open.
@@ -34,6 +35,7 @@ class Limits:
     idle: float = 900.0
     chats: int = 16
     text_tokens: int = 32_768
+    thresholds: int = 101
     trace_bytes: int = 20_000_000
     frame: float = 0.15
     free_models: bool = True

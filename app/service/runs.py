@@ -49,7 +49,8 @@ def stream_tape(loaded: Loaded, dial: Dial, prompt: str, request: Request, limit
             for step, seconds in (one for one in batch if not isinstance(one, Finished)):
                 pieces = [reader.read(int(token)) for token in step.tokens]
                 tape.add(step, pieces, seconds, reader.names(step.likely))
-            yield tape
+            if tape.columns:
+                yield tape
     tape.end(ending(tape.new_tokens, budget, room))
     yield tape
 

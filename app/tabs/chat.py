@@ -100,13 +100,15 @@ def _answer(service: Service, again: bool) -> Any:
             message, name, int(new_tokens), float(temperature), seed=None if seed is None or seed < 0 else int(seed)
         )
         pair = (dense_side(service, name, parent), name)
-        yield gr.skip(), status("Starting …"), gr.skip() if again else ""
+        yield gr.skip(), status("Starting …"), gr.skip()
+        cleared = again  # the box keeps the message until it has arrived
         with contextlib.closing(service.chat(session, pair, p, wanted, blind, turns)) as updates:
             for update in updates:
                 if (line := waiting(update, name)) is not None:
                     yield gr.skip(), line, gr.skip()
                 elif update.tape is not None:
-                    yield update.tape, status("Both are answering. Move p and watch the right side."), gr.skip()
+                    yield update.tape, status("Both are answering. Move p and watch."), gr.skip() if cleared else ""
+                    cleared = True
         yield gr.skip(), status("Done. Ask on: what was said stays in both caches."), gr.skip()
 
     return answer

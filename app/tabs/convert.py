@@ -18,7 +18,10 @@ OFF = (
     "Models are not converted on a shared app. At home:\n\n"
     "```\npython -m modification convert PARENT OUT --data TEXT\n```"
 )
-OPENING = "Choose a dense model and a text. Estimate first; a conversion takes both cores of a small machine."
+OPENING = (
+    "Choose a dense model and a text, and estimate first. Keep the page open: leaving it cancels, and the last "
+    "checkpoint stays."
+)
 RECIPE = "**any-p**: one set of weights for every p, so that load is about 1 - p. All weights are trained."
 
 
@@ -82,8 +85,8 @@ class Convert:
         )
         self.ask.click(_estimate(service), inputs, [self.status, self.estimate], trigger_mode="once", **private)
         self.stop.click(
-            lambda: status("Cancelled. The last checkpoint is kept: tick the box to go on from it."), None, self.status,
-            cancels=[run], queue=False, **private,
+            lambda: status("Cancelled. A checkpoint that was written stays: tick the box to go on from it."), None,
+            self.status, cancels=[run], queue=False, **private,
         )
         self.file.upload(lambda path: path, self.file, self.data, **private)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,6 +126,7 @@ class Explore:
             trigger_mode="once", api_visibility="private",
         )
         self.generate.click(None, js=SHOW_VIEW, show_progress="hidden", api_visibility="private")
+        self.model.change(lambda: {}, None, self.shifts, queue=False, api_visibility="private")  # sliders are new too
         self.stop.click(
             lambda: status("Stopped."), None, self.status, cancels=[run], queue=False, show_progress="hidden",
             api_visibility="private",
@@ -159,7 +161,7 @@ def _generate(service: Service) -> Any:
         count = len(service.mod_layers(name))
         wanted = Request(
             prompt, name, int(new_tokens), float(temperature), float(top_p), int(top_k),
-            None if seed is None or seed < 0 else int(seed), bool(chat), _listed(shifts, count),
+            secrets.randbelow(1 << 31) if seed is None or seed < 0 else int(seed), bool(chat), _listed(shifts, count),
         )
         yield gr.skip(), status("Starting …"), gr.skip(), gr.skip()
         with contextlib.closing(service.run(str(request.session_hash), p, wanted)) as updates:
@@ -186,6 +188,5 @@ def _read_trace(service: Service) -> Any:
 
 
 def _listed(shifts: dict[str, float], count: int) -> tuple[float, ...]:
-    """Shifts by MoD layer as the service takes them; none if all are 0."""
-    found = tuple(float(shifts.get(str(at), 0.0)) for at in range(count))
-    return found if any(found) else ()
+    """Shifts by MoD layer as the service takes them, [M]."""
+    return tuple(float(shifts.get(str(at), 0.0)) for at in range(count))

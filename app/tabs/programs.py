@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import secrets
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -12,6 +14,7 @@ import gradio as gr
 from app.errors import UserError
 from app.service import Request, Service
 from app.tabs.chat import dense_side
+from app.tabs.shared import OOPS
 
 
 def build(service: Service) -> None:
@@ -24,8 +27,16 @@ def _default(service: Service, model: str) -> str:
     return model or next(iter(service.names()), "")
 
 
-def _sentence(error: UserError) -> gr.Error:
-    return gr.Error(str(error), print_exception=False)
+@contextlib.contextmanager
+def _sentences() -> Iterator[None]:
+    """Whatever happens, the program gets a sentence; the log has the cause of what was not foreseen."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    except Exception as error:
+        logging.getLogger(__name__).exception("an endpoint failed")
+        raise gr.Error(OOPS, print_exception=False) from error
 
 
 def _generate(service: Service) -> Any:
@@ -53,10 +64,8 @@ def _generate(service: Service) -> Any:
             prompt, _default(service, model), max_new_tokens, temperature, top_p, top_k,
             None if seed < 0 else seed, chat,
         )
-        try:
+        with _sentences():
             return service.generate(p, wanted)
-        except UserError as error:
-            raise _sentence(error) from error
 
     return generate
 
@@ -80,22 +89,16 @@ def _chat(service: Service) -> Any:
             names of the two sides, and per turn the message, both answers and both answers' figures.
         """
         name, session = _default(service, model), f"api-{secrets.token_hex(8)}"
-        turns: list[dict[str, Any]] = []
         try:
-            if not messages:
-                raise UserError("messages is empty: give at least one.")
-            for message in messages:
-                wanted = Request(
-                    message, name, max_new_tokens, temperature, seed=None if seed < 0 else seed
-                )
+            with _sentences():
+                if not messages:
+                    raise UserError("messages is empty: give at least one.")
                 pair = (dense_side(service, name, None), name)
-                with contextlib.closing(service.chat(session, pair, p, wanted)) as run:
-                    for _ in run:
+                for message in messages:
+                    wanted = Request(message, name, max_new_tokens, temperature, seed=None if seed < 0 else seed)
+                    for _ in service.chat(session, pair, p, wanted):
                         pass
-                turns = service.chat_record(session)
-            return {"sides": ["dense", "mod"], "turns": turns}
-        except UserError as error:
-            raise _sentence(error) from error
+                return {"sides": ["dense", "mod"], "turns": service.chat_record(session)}
         finally:
             service.close(session)
 
@@ -118,12 +121,10 @@ def _sweep(service: Service) -> Any:
         """
         name, grid = _default(service, model), thresholds or [round(0.1 * at, 1) for at in range(11)]
         parent = dense_side(service, name, None)
-        try:
-            found = None
+        found = None
+        with _sentences():
             for update in service.sweep(name, parent if parent != name else None, text, grid, within):
                 found = update.result if update.result is not None else found
-        except UserError as error:
-            raise _sentence(error) from error
         return {} if found is None else {
             "dense_loss": found.dense, "dense": found.parent, "tokens": found.tokens,
             "best_p": None if found.best is None else found.best.quality.p,
@@ -158,10 +159,8 @@ def _estimate(service: Service) -> Any:
         Returns:
             dense and mod, each with weights, kv and activations in bytes, FLOPs, bytes read and seconds.
         """
-        try:
+        with _sentences():
             found = service.estimate(config, context, batch, load, dtype, layers, device)
-        except UserError as error:
-            raise _sentence(error) from error
         return dataclasses.asdict(found)
 
     return estimate

@@ -101,9 +101,13 @@ def config_of(source: str) -> Any:
     Raises:
         ValueError: none of these, or a kind of model whose cost isn't known here.
     """
-    path = Path(source).expanduser()
-    if path.exists() or HUB_ID.fullmatch(source):
-        config: Any = _read(str(path) if path.exists() else source)
+    try:
+        path = Path(source).expanduser()
+        there = path.exists()
+    except (RuntimeError, OSError, ValueError):  # ~nobody; a name too long, or with a null byte
+        there = False
+    if there or HUB_ID.fullmatch(source):
+        config: Any = _read(str(path) if there else source)
     else:
         config = preset(source)
     experts = next((name for name in ("num_experts", "num_local_experts") if getattr(config, name, None)), None)
