@@ -28,10 +28,11 @@ TEXT = "Once there was a fox who lived by the river and counted the boats. " * 8
 
 
 def say(page, message, tokens=24):
-    """Send one message in Chat and wait for both answers."""
+    """Send one message in Chat, with a seed, and wait for both answers."""
     tab(page, "Chat")
     if tokens:
         page.get_by_role("button", name="Sampling").last.click()
+        page.locator("#chat-seed input").fill("0")
         box = page.get_by_label("number input for New tokens, at most").last
         box.fill(str(tokens))
         box.press("Enter")

@@ -118,6 +118,24 @@ def test_p_moved_in_mid_answer_moves_the_right_side_alone(service, monkeypatch):
     assert figures[1]["load"] < 1.0 == figures[0]["load"]
 
 
+def test_nobody_else_answers_while_an_answer_is_made(service, monkeypatch):
+    """A second message, a turn taken back: each is told to wait, and the answer goes on."""
+    monkeypatch.setattr("app.service.door._PATIENCE", 0.05)
+    service = Service(service.library.listed, limits=Limits(running=2, frame=0.0))
+    allowed, next_step = threading.Semaphore(10), chats.next_step
+    monkeypatch.setattr(chats, "next_step", lambda steps, lock: allowed.acquire() and next_step(steps, lock))
+    run = service.chat("one", PAIR, 0.5, request("Hello"))
+    next(update for update in run if update.tape)
+    for other in (lambda: list(service.chat("one", PAIR, 0.5, request("Me too"))), lambda: service.cut_chat("one", 0)):
+        with pytest.raises(UserError, match="still being made"):
+            other()
+    service.close("one")
+    assert service.chat_turns("one") == []
+    allowed.release(1000)
+    last = [update.tape for update in run][-1]
+    assert [record[0] for record in records(last)].count("e") == 2
+
+
 def test_closing_a_session_frees_both_caches(service):
     talk(service, "Hello")
     caches = [thread.cache for thread in service._chats.of("one").threads]

@@ -1,6 +1,7 @@
 """Sweeps, benches, estimates and conversions on behalf of the page, on a tiny pair."""
 
 import json
+import time
 
 import pytest
 from talkers import talker
@@ -135,16 +136,23 @@ def test_a_conversion_reports_and_ends_in_a_listed_model(service, text):
 def test_a_cancelled_conversion_keeps_its_checkpoint_and_goes_on(service, text):
     long = plan(text, tokens=400 * 8 * 16)
     run = service.convert(long)
-    for progress in run:
-        if progress.log and list((service.conversions.folder / "made" / "checkpoints").glob("*/trainer_state.json")):
-            break
+    while not next(run).log:  # before the first checkpoint is due: it is written because the run is cancelled
+        pass
     run.close()
+    checkpoints = service.conversions.folder / "made" / "checkpoints"
+    end = time.monotonic() + 60
+    while not list(checkpoints.glob("*/trainer_state.json")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
     assert "made" not in service.conversions.finished()
     again = list(service.convert(long))[-1]
     assert again.failed
     assert "unfinished conversion" in again.ended
-    ended = list(service.convert(plan(text, tokens=400 * 8 * 16, resume=True)))[-1]
-    assert not ended.failed, ended.ended
+    resumed = list(service.convert(plan(text, tokens=400 * 8 * 16, resume=True)))
+    steps = [record["step"] for record in resumed[-1].log]
+    assert not resumed[-1].failed, resumed[-1].ended
+    assert steps == sorted(set(steps)), "no step is told twice"
+    assert steps[-1] == 400
 
 
 def test_one_conversion_at_a_time(service, text):

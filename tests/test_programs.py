@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from browsing import NEEDS_MODEL
@@ -74,8 +75,9 @@ def test_mcp_offers_the_same_four_as_tools(tmp_path):
             made = await session.call_tool("estimate", {"config": "llama-2-7b"})
             return tools, made.content[0].text
 
-    with served("--mcp", "--converted", str(tmp_path)) as address:
-        tools, text = asyncio.run(ask(address))
+    # Apart: the browser driver of other tests has a loop in this thread.
+    with served("--mcp", "--converted", str(tmp_path)) as address, ThreadPoolExecutor(1) as apart:
+        tools, text = apart.submit(asyncio.run, ask(address)).result()
     assert set(tools) == {"generate", "chat", "sweep", "estimate"}
     assert "Mixture-of-Depths" in tools["generate"]
     assert "prefill_flops" in text

@@ -118,7 +118,11 @@ const hidden = () => talk && talk.blind && !talk.revealed;
 
 function names() {
   find('.talk-names').hidden = !talk.turns.length;
-  for (const side of [0, 1]) find(`[data-name="${side}"]`).textContent = hidden() ? `Side ${'AB'[side]}` : talk.names[side];
+  for (const side of [0, 1]) {
+    const name = hidden() ? `Side ${'AB'[side]}` : talk.names[side];
+    find(`[data-name="${side}"]`).textContent = name;
+    for (const box of list.querySelectorAll(`[data-side="${side}"]`)) box.dataset.shown = name; // for narrow screens
+  }
   // Figures would give the sides away.
   element.querySelector('.talk').classList.toggle('blind', Boolean(hidden()));
 }
@@ -133,7 +137,7 @@ function ballot() {
   const wins = {};
   for (const vote of cast) wins[vote.winner || 'no difference'] = (wins[vote.winner || 'no difference'] || 0) + 1;
   tallyLine.textContent = `${cast.length} blind ${cast.length === 1 ? 'vote' : 'votes'} in this browser: `
-    + Object.entries(wins).map(([name, count]) => `${name} ${count}`).join(', ');
+    + Object.entries(wins).map(([name, count]) => `“${name}” ${count}×`).join(', ');
 }
 
 function vote(choice) {

@@ -17,6 +17,7 @@ function reset(id) {
   story.replaceChildren();
   select(null);
   tip.hidden = true;
+  cell = 10;
   preview = null;
   find('[data-tool="actual"]').disabled = true;
   find('.mod-view').classList.remove('previewing');
@@ -37,7 +38,7 @@ function read() {
   story.append(fresh);
   if (state.now) showFigures(state.now);
   widen();
-  if (followText) story.scrollTop = story.scrollHeight;
+  if (followText && !state.note) story.scrollTop = story.scrollHeight; // a finished run opens at its start
   if (followMap) scroll.scrollLeft = scroll.scrollWidth;
   describe();
   schedule();

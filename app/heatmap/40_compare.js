@@ -11,8 +11,20 @@ const LEGENDS = {
 
 function pin() {
   if (!state || !state.columns.length) return;
+  if (pinned && pinned.id === state.id) return unpin();
+  find('[data-tool="pin"]').textContent = 'Pin this run';
   pinned = { title: state.title, note: state.note, id: state.id, columns: state.columns.slice(), mod: state.mod.join() };
   find('option[value="difference"]').disabled = false;
+  say();
+  schedule();
+}
+
+function unpin() {
+  pinned = null;
+  mode = mode === 'difference' ? 'score' : mode;
+  find('[data-tool="mode"]').value = mode;
+  find('option[value="difference"]').disabled = true;
+  find('[data-tool="pin"]').textContent = 'Pin run';
   say();
   schedule();
 }
@@ -67,11 +79,13 @@ function say() {
   if (pinned) lines.push(comparison());
   banner.textContent = lines.filter(Boolean).join(' ');
   banner.hidden = !banner.textContent;
+  if (pinned) find('[data-tool="pin"]').textContent = pinned.id === state.id ? 'Unpin' : 'Pin this run';
   for (const [name, text] of Object.entries(LEGENDS[mode])) find(`[data-legend="${name}"]`).textContent = text;
 }
 
 function previewAt(p) {
   preview = p;
+  find('.mod-preview output').textContent = p === null ? '' : p.toFixed(2);
   find('[data-tool="actual"]').disabled = p === null;
   find('.mod-view').classList.toggle('previewing', p !== null);
   state.spans.forEach((one, at) => {

@@ -22,12 +22,14 @@ import torch
 
 from app.errors import UserError
 from modification import MoDModel
+from modification.conversion.train import drop_redone, last_checkpoint
 from modification.loading import load_dense_or_mod, resolve
 from modification.measure.memory import available_bytes, weight_bytes
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
 _POLL = 0.5
 _PATIENCE = 5.0  # seconds
+_GRACE = 60.0  # seconds for a step and a checkpoint
 _PASSES = 4.0  # a training step's work over one forward pass: student forward and twice that backward, teacher forward
 _COPIES = 5  # float32 numbers per weight: student, teacher, gradient and Adam's two moments
 
@@ -158,14 +160,17 @@ class Conversions:
         plan = dataclasses.replace(plan, data=str(_path(plan.data)), parent=_placed(plan.parent))
         if not self._busy.acquire(timeout=_PATIENCE):  # one that was cancelled may be about to end
             raise UserError("Another conversion is going on here, and one at a time is all that fits. Try later.")
-        output, began = self.folder / f"{plan.name}.out", time.monotonic()
+        output, began = _path(self.folder) / f"{plan.name}.out", time.monotonic()
         try:
+            last = last_checkpoint(out / "checkpoints")
+            # What an earlier run logged beyond its last checkpoint is done again.
+            drop_redone(out / "log.jsonl", int(last.rpartition("-")[2]) if last else 0)
+            fresh = len(_log(out / "log.jsonl"))
             process = self._start(plan, out, output)
         except BaseException:
             self._busy.release()
             raise
         try:
-            fresh = len(_log(out / "log.jsonl")) if plan.resume else 0
             while (code := process.poll()) is None:
                 yield _progress(plan, out, began, fresh)
                 time.sleep(_POLL)
@@ -191,7 +196,7 @@ class Conversions:
         """See the process to its end, and let the next one in."""
         try:
             process.terminate()
-            process.wait(20)
+            process.wait(_GRACE)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

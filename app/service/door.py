@@ -276,7 +276,11 @@ class Service:
         self, source: str, context: int, batch: int, load: float, dtype: str, layers: str, device: str
     ) -> Estimate:
         """Cost of any shape on paper; UserError says what is out of bounds."""
-        return measuring.estimate_config(source, context, batch, load, dtype, layers, device, self.limits.free_models)
+        listed = self.library.listed.get(source.strip())
+        anything = self.limits.free_models or listed is not None
+        return measuring.estimate_config(
+            source.strip() if listed is None else str(listed), context, batch, load, dtype, layers, device, anything
+        )
 
     def presets(self) -> list[str]:
         """Shapes that estimates know by name."""

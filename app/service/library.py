@@ -179,6 +179,8 @@ class Library:
         if not key:
             raise UserError("Choose a model, or type the path of a model folder.")
         source, options = parse(key)
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("There is no CUDA device on this machine: choose cpu, or best.")
         if source not in self.listed and not self.limits.free_models:
             raise UserError(f"{source} is not among the models offered here. Choose one from the list.")
         return options.label(source)

@@ -41,7 +41,7 @@ class Benchmark:
         self.status = gr.HTML(status(OPENING), elem_id="bench-status", apply_default_css=False)
         self.plot = gr.Plot(show_label=False, elem_id="bench-plot", visible=False)
         self.table = gr.HTML("", elem_id="bench-table", apply_default_css=False)
-        self.csv = gr.Button("CSV", size="sm", elem_id="bench-csv")
+        self.csv = gr.Button("CSV", size="sm", elem_id="bench-csv", visible=False)
         self._paper(service)
         self._wire(service, model)
 
@@ -69,7 +69,7 @@ class Benchmark:
         private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         run = self.go.click(
             _bench(service), [model, self.contexts, self.loads, self.new_tokens, self.rounds, self.stock],
-            [self.status, self.plot, self.table], concurrency_limit=None, trigger_mode="once", **private,
+            [self.status, self.plot, self.table, self.csv], concurrency_limit=None, trigger_mode="once", **private,
         )
         self.stop.click(lambda: status("Stopped."), None, self.status, cancels=[run], queue=False, **private)
         self.csv.click(None, None, None, js=csv_script("bench-table"), **private)
@@ -83,13 +83,13 @@ class Benchmark:
 
 
 def _bench(service: Service) -> Any:
-    @guarded(lambda line: (line, gr.skip(), gr.skip()))
+    @guarded(lambda line: (line, gr.skip(), gr.skip(), gr.skip()))
     def bench(
         model: str | None, contexts: str, loads: str, new_tokens: float, rounds: float, stock: bool
-    ) -> Iterator[tuple[Any, Any, Any]]:
+    ) -> Iterator[tuple[Any, ...]]:
         name = model or ""
         parent = dense_side(service, name, None)
-        yield status("Starting …", busy=True), gr.skip(), gr.skip()
+        yield status("Starting …", busy=True), gr.skip(), gr.skip(), gr.skip()
         updates = service.bench(
             name, parent if parent != name else None, numbers(contexts, int, "Contexts"),
             numbers(loads, float, "Loads"), int(new_tokens or 0), int(rounds or 0), stock,
@@ -97,12 +97,12 @@ def _bench(service: Service) -> Any:
         with contextlib.closing(updates):
             for update in updates:
                 if (line := waiting(update, name)) is not None:
-                    yield line, gr.skip(), gr.skip()
+                    yield line, gr.skip(), gr.skip(), gr.skip()
                 elif isinstance(update.result, str):
-                    yield status(f"Measuring: {update.result} rounds …", busy=True), gr.skip(), gr.skip()
+                    yield status(f"Measuring: {update.result} …", busy=True), gr.skip(), gr.skip(), gr.skip()
                 elif update.result is not None:
                     figures = table(f"{name}, one row at a time", HEADERS, bench_rows(update.result))
-                    yield status("Done."), shown(bench_figure(update.result)), figures
+                    yield status("Done."), shown(bench_figure(update.result)), figures, gr.update(visible=True)
 
     return bench
 

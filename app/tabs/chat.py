@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from app.tabs.shared import guarded, status, waiting
 from app.views import view
 
 OPENING = "Both get the same messages and the same seed. The left model runs every layer, the right one routes at p."
-BLIND = "Sides are dealt by lot and named after your vote"
+BLIND = "Starts a new conversation; sides are dealt by lot and named after your vote"
 
 
 class Chat:
@@ -49,7 +50,10 @@ class Chat:
         with gr.Accordion("Sampling", open=False), gr.Row():
             self.new_tokens = gr.Slider(1, service.limits.new_tokens, value=300, step=1, label="New tokens, at most")
             self.temperature = gr.Slider(0, 2, value=0.7, step=0.05, label="Temperature")
-            self.seed = gr.Number(value=0, precision=0, label="Seed, the same for both")
+            self.seed = gr.Number(
+                value=-1, precision=0, label="Seed", info="The same for both; -1 draws a new one each time",
+                elem_id="chat-seed",
+            )
         self._wire()
 
     def _wire(self) -> None:
@@ -96,9 +100,8 @@ def _answer(service: Service, again: bool) -> Any:
             if not before:
                 raise UserError("There is no answer to regenerate yet. Send a message first.")
             message, turns = before[-1], len(before) - 1
-        wanted = Request(
-            message, name, int(new_tokens), float(temperature), seed=None if seed is None or seed < 0 else int(seed)
-        )
+        drawn = secrets.randbelow(1 << 31) if seed is None or seed < 0 else int(seed)
+        wanted = Request(message, name, int(new_tokens), float(temperature), seed=drawn)
         pair = (dense_side(service, name, parent), name)
         yield gr.skip(), status("Starting …"), gr.skip()
         cleared = again  # the box keeps the message until it has arrived

@@ -25,6 +25,7 @@ EXAMPLES = [
 P_INFO = "Move it while text streams. 0: every token runs through every layer. Higher: more tokens skip layers."
 # On a phone the view lies below the controls: bring it up when it is about to fill.
 SHOW_VIEW = "() => { if (innerWidth < 700) document.querySelector('#status').scrollIntoView({behavior: 'smooth'}); }"
+NO_CODE = "# Let a run come to its end: the Python for it appears here."
 OPENING = "A recorded example run. Press Generate for your own."
 
 
@@ -111,7 +112,7 @@ class Explore:
             self.plot = gr.Plot(show_label=False, elem_id="per-layer", visible=False)
         with gr.Accordion("Python that reproduces the run", open=False):
             self.code = gr.Code(
-                value="# Generate something first.", language="python", show_label=False, elem_id="snippet",
+                value=NO_CODE, language="python", show_label=False, elem_id="snippet",
                 interactive=False,
             )
 
@@ -128,12 +129,12 @@ class Explore:
         self.generate.click(None, js=SHOW_VIEW, show_progress="hidden", api_visibility="private")
         self.model.change(lambda: {}, None, self.shifts, queue=False, api_visibility="private")  # sliders are new too
         self.stop.click(
-            lambda: status("Stopped."), None, self.status, cancels=[run], queue=False, show_progress="hidden",
-            api_visibility="private",
+            lambda: (status("Stopped."), gr.update(visible=False), NO_CODE), None, [self.status, self.plot, self.code],
+            cancels=[run], queue=False, show_progress="hidden", api_visibility="private",
         )
         self.load.upload(
-            _read_trace(self.service), self.load, [self.view, self.status], show_progress="hidden",
-            api_visibility="private",
+            _read_trace(self.service), self.load, [self.view, self.status, self.plot, self.code],
+            show_progress="hidden", api_visibility="private",
         )
         # change, not input: the slider's reset button and its clamping send no input.
         self.p.change(
@@ -180,9 +181,11 @@ def _generate(service: Service) -> Any:
 
 
 def _read_trace(service: Service) -> Any:
-    @guarded(lambda line: (gr.skip(), line))
-    def read(data: bytes) -> Iterator[tuple[Any, Any]]:
-        yield Window.whole(service.read_trace(data)), status("A trace that was loaded from a file.")
+    @guarded(lambda line: (gr.skip(), line, gr.skip(), gr.skip()))
+    def read(data: bytes) -> Iterator[tuple[Any, ...]]:
+        tape = service.read_trace(data)
+        line = status("A trace that was loaded from a file.")
+        yield Window.whole(tape), line, shown(load_per_layer(tape)), NO_CODE
 
     return read
 

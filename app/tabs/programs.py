@@ -93,9 +93,9 @@ def _chat(service: Service) -> Any:
             with _sentences():
                 if not messages:
                     raise UserError("messages is empty: give at least one.")
-                pair = (dense_side(service, name, None), name)
+                pair, drawn = (dense_side(service, name, None), name), secrets.randbelow(1 << 31) if seed < 0 else seed
                 for message in messages:
-                    wanted = Request(message, name, max_new_tokens, temperature, seed=None if seed < 0 else seed)
+                    wanted = Request(message, name, max_new_tokens, temperature, seed=drawn)
                     for _ in service.chat(session, pair, p, wanted):
                         pass
                 return {"sides": ["dense", "mod"], "turns": service.chat_record(session)}

@@ -49,7 +49,7 @@ class SweepTab:
                 self.use = gr.Button("Use this p in Explore", visible=False, elem_id="sweep-use")
                 self.plot = gr.Plot(show_label=False, elem_id="sweep-plot", visible=False)
                 self.table = gr.HTML("", elem_id="sweep-table", apply_default_css=False)
-                self.csv = gr.Button("CSV", size="sm", elem_id="sweep-csv")
+                self.csv = gr.Button("CSV", size="sm", elem_id="sweep-csv", visible=False)
         self.found = gr.State(None)
         self._wire(service, model, sample)
 
@@ -57,7 +57,7 @@ class SweepTab:
         private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         run = self.go.click(
             _sweep(service), [self.text, self.grid, self.within, model],
-            [self.status, self.plot, self.table, self.best, self.found, self.use], concurrency_limit=None,
+            [self.status, self.plot, self.table, self.best, self.found, self.use, self.csv], concurrency_limit=None,
             trigger_mode="once", **private,
         )
         self.stop.click(lambda: status("Stopped. What was measured stays."), None, self.status, cancels=[run],
@@ -83,14 +83,14 @@ def _read(service: Service) -> Any:
 
 def _sweep(service: Service) -> Any:
     def failed(line: str) -> tuple[Any, ...]:
-        return line, gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        return line, *(gr.skip(),) * 6
 
     @guarded(failed)
     def sweep(text: str, grid: str, within: float | None, model: str | None) -> Iterator[tuple[Any, ...]]:
         text, name = service.limits.check_prompt(text), model or ""
         points = sorted(set(numbers(grid, float, "Thresholds p")))
         parent = dense_side(service, name, None)
-        yield status("Starting …", busy=True), gr.skip(), gr.skip(), "", None, gr.update(visible=False)
+        yield status("Starting …", busy=True), gr.skip(), gr.skip(), "", None, gr.update(visible=False), gr.skip()
         found = None
         updates = service.sweep(name, parent if parent != name else None, text, points, (within or 0.0) / 100)
         with contextlib.closing(updates):
@@ -101,11 +101,12 @@ def _sweep(service: Service) -> Any:
                     found = update.result
                     line = status(f"{len(found.points)} of {len(points)} thresholds measured …", busy=True)
                     figures = table(f"{name} on {found.tokens:,} tokens", HEADERS, sweep_rows(found))
-                    yield line, shown(sweep_figure(found)), figures, gr.skip(), gr.skip(), gr.skip()
+                    plot, offer = shown(sweep_figure(found)), gr.update(visible=True)
+                    yield line, plot, figures, gr.skip(), gr.skip(), gr.skip(), offer
         if found is not None:
             best = None if found.best is None else found.best.quality.p
             done = status(f"Done: {found.tokens:,} tokens, {len(found.points)} thresholds.")
-            yield done, gr.skip(), gr.skip(), best_sentence(found), best, gr.update(visible=best is not None)
+            yield done, gr.skip(), gr.skip(), best_sentence(found), best, gr.update(visible=best is not None), gr.skip()
 
     return sweep
 

@@ -18,6 +18,8 @@ from modification.loading import load, load_dense_or_mod
 from modification.measure.quality import sweep, table
 from modification.model import MoDModel
 
+_HELD_OUT = 128  # blocks, at most, unless asked for more
+
 
 def add(commands: Any) -> None:
     """The parsers of this file's commands."""
@@ -32,7 +34,7 @@ def add(commands: Any) -> None:
     convert.add_argument("--block", type=int, default=256, help="tokens per row (default: %(default)s)")
     convert.add_argument("--batch", type=int, default=8, help="rows per step (default: %(default)s)")
     convert.add_argument("--lr", type=float, help="peak learning rate (default: by model size)")
-    convert.add_argument("--held-out", type=int, default=128, help="blocks kept for the report (default: %(default)s)")
+    convert.add_argument("--held-out", type=int, help="blocks kept for the report (default: an eighth, at most 128)")
     convert.add_argument("--bf16", action="store_true", help="mixed precision on a CPU that has bf16 units")
     convert.add_argument("--seed", type=int, default=0)
     convert.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
@@ -56,17 +58,18 @@ def _convert(arguments: argparse.Namespace) -> None:
         tokens=arguments.tokens, block=arguments.block, batch=arguments.batch, lr=arguments.lr, bf16=arguments.bf16,
         seed=arguments.seed,
     )
-    if arguments.held_out < 1:
+    if arguments.held_out is not None and arguments.held_out < 1:
         raise ValueError(f"--held-out {arguments.held_out}: must be 1 block or more")
     documents = read_documents(arguments.data, tokenizer, arguments.split)
-    wanted = arguments.tokens + arguments.held_out * recipe.block
+    wanted = arguments.tokens + (arguments.held_out or _HELD_OUT) * recipe.block
     blocks = pack(documents, recipe.block, wanted)
-    if len(blocks) < 2 * arguments.held_out:
+    count = arguments.held_out or min(_HELD_OUT, max(1, len(blocks) // 8))
+    if len(blocks) < 2 * count:
         raise ValueError(
-            f"{arguments.data} holds {blocks.size} tokens: with {arguments.held_out} blocks of {recipe.block} held "
-            "out, too few are left to train on; give more text or a smaller --held-out"
+            f"{arguments.data} holds {blocks.size} tokens: with {count} blocks of {recipe.block} held out, too few "
+            "are left to train on; give more text, or a smaller --held-out or --block"
         )
-    held_out, blocks = blocks[: arguments.held_out], blocks[arguments.held_out :]
+    held_out, blocks = blocks[:count], blocks[count:]
     print(f"{blocks.size:,} training tokens, {held_out.size:,} held out, {recipe.steps} steps", flush=True)
     rows = train(model, tokenizer, config, recipe, blocks, held_out, arguments.out, arguments.resume)
     print(table(rows))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 import math
 import shutil
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +89,7 @@ class ProgressBar(TrainerCallback):
         self.log, self.bar = log, tqdm(disable=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _drop_redone(self.log, state.global_step)
+        drop_redone(self.log, state.global_step)
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="convert")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -101,6 +105,31 @@ class ProgressBar(TrainerCallback):
         self.bar.close()
 
 
+class SaveAndStop(TrainerCallback):
+    """Once asked, writes a checkpoint after the step under way and ends the training."""
+
+    def __init__(self, asked: threading.Event) -> None:
+        self.asked = asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked.is_set():
+            control.should_save = control.should_training_stop = True
+
+
+@contextlib.contextmanager
+def asked_to_end() -> Iterator[threading.Event]:
+    """An event that is set when the process is told to terminate; it does not end by itself meanwhile."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # where signals can't be caught
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def train(
     model: PreTrainedModel, tokenizer: Any, config: MoDConfig, recipe: AnyP,
     blocks: npt.NDArray[np.int32], held_out: npt.NDArray[np.int32], out: Path, resume: bool = False,
@@ -112,6 +141,7 @@ def train(
 
     Raises:
         ValueError: too little text for one batch, or a resumed run's settings differ from those it began with.
+        InterruptedError: the process was told to terminate; a checkpoint holds what was done.
         FileExistsError: ``out`` holds a finished conversion, or an unfinished one and ``resume`` is not set.
     """
     if len(blocks) < recipe.batch:
@@ -130,7 +160,11 @@ def train(
     convert(model, config)
     trainer = _trainer(model, teacher, recipe, blocks, out)
     began = time.monotonic()
-    trainer.train(resume_from_checkpoint=last)
+    with asked_to_end() as asked:
+        trainer.add_callback(SaveAndStop(asked))
+        trainer.train(resume_from_checkpoint=last)
+    if asked.is_set():
+        raise InterruptedError(f"stopped at step {trainer.state.global_step} of {recipe.steps}: --resume goes on")
     seconds = time.monotonic() - began
     scale, shift = fit_dial(model, blocks[: max(1, CALIBRATION_TOKENS // blocks.shape[1])])
     rows = sweep(model, held_out)
@@ -198,7 +232,7 @@ def _optimizer(model: PreTrainedModel, recipe: AnyP) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
 
-def _drop_redone(log: Path, step: int) -> None:
+def drop_redone(log: Path, step: int) -> None:
     """Forget log lines of steps after ``step``, which a resumed run does again."""
     if log.is_file():
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
