@@ -18,17 +18,17 @@ from playwright.sync_api import sync_playwright
 
 from app.headless import ROOT, launch, served
 
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+DESKTOP, PHONE = {"width": 1280, "height": 1240}, {"width": 390, "height": 844}
 PROMPT = "Write a bedtime story called `The Lantern in the Snow`."
 
 
 def explore(page: Any) -> None:
     """A run in which p is moved twice, and a token looked at closely."""
     box = page.locator("#p input[type=number]")
-    for value, columns in ((0.2, 75), (0.5, 110), (0.8, 150)):
+    for value, columns in ((0.2, 60), (0.5, 90), (0.8, 150)):
         box.fill(str(value))
         box.press("Enter")
-        if columns == 75:
+        if columns == 60:
             run = page.locator(".mod-canvas").get_attribute("data-run")
             page.click("#generate")
             page.wait_for_function("t => document.querySelector('.mod-canvas').dataset.run !== t", arg=run)
@@ -94,7 +94,7 @@ def take(browser: Any, address: str, tab: str, path: Path, theme: str = "light",
     page = context.new_page()
     page.goto(f"{address}/?__theme={theme}&new_tokens=600")
     page.wait_for_selector("#generate")
-    page.wait_for_timeout(1500)
+    page.wait_for_timeout(2500)
     if tab != "Explore":
         page.get_by_role("tab", name=tab, exact=True).click()
     TABS[tab](page)

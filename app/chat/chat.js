@@ -88,7 +88,8 @@ function differ(offset) {
 
 function figures(side, f) {
   const [stored, , dense] = f.kv;
-  const kv = stored ? `KV ${bytes(stored)} (measured), ${(dense / stored).toFixed(2)}× less than dense (estimated)` : '';
+  const less = dense > 1.005 * stored ? `, ${(dense / stored).toFixed(2)}× less than dense (estimated)` : '';
+  const kv = stored ? `KV ${bytes(stored)} (measured)${less}` : '';
   const speed = f.speed === null ? '' : `${f.speed.toFixed(1)} tok/s`;
   const parts = [speed, `first token after ${f.first.toFixed(2)} s`, `${f.prefilled} prompt tokens run`,
     `load ${Math.round(100 * f.load)}%`];
