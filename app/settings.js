@@ -39,7 +39,8 @@
     },
     link: (values) => {
       const address = new URL(location.href);
-      address.search = new URLSearchParams(names.map((name, at) => [name, values[at] === null ? '' : values[at]]));
+      const given = values.map((value, at) => [names[at], value === null ? '' : value]); // the first names are a link's
+      address.search = new URLSearchParams(given);
       if (navigator.clipboard) navigator.clipboard.writeText(address.href).catch(() => {});
       return address.href;
     },

@@ -42,7 +42,7 @@ def build(service: Service, sample: Path | None = None) -> gr.Blocks:
                 explore = Explore(service, model)
                 link = _link()
             with gr.Tab("Chat", id="chat"):
-                Chat(service, model)
+                chat = Chat(service, model)
             with gr.Tab("Sweep", id="sweep"):
                 sweep = SweepTab(service, model, sample_text(sample) if sample else "")
             with gr.Tab("Convert", id="convert"):
@@ -54,9 +54,12 @@ def build(service: Service, sample: Path | None = None) -> gr.Blocks:
             with gr.Tab("About", id="about-tab"):
                 about.build()
         _connect(service, tabs, explore, sweep, convert, model)
-        _remember(demo, {**explore.settings, "model": model}, link)
-        demo.load(benchmark.on_paper, benchmark.paper_inputs, benchmark.paper_outputs, api_visibility="private",
-                  show_progress="hidden")
+        others = {"chat": chat.settings, "sweep": sweep.settings, "convert": convert.settings,
+                  "benchmark": benchmark.settings}
+        kept = {f"{tab}_{name}": one for tab, settings in others.items() for name, one in settings.items()}
+        restored = _remember(demo, {**explore.settings, "model": model}, kept, link)
+        restored.then(benchmark.on_paper, benchmark.paper_inputs, benchmark.paper_outputs, api_visibility="private",
+                      show_progress="hidden")
         demo.load(lambda: gr.update(choices=service.names()), None, model, api_visibility="private",
                   show_progress="hidden")  # models may have been converted since
         demo.unload(_leave(service))
@@ -100,8 +103,12 @@ def _link() -> dict[str, Any]:
     return {"button": button, "reset": reset, "shown": shown}
 
 
-def _remember(demo: gr.Blocks, settings: dict[str, Any], link: dict[str, Any]) -> None:
-    """Settings come from the link, else from this browser; every change is kept in this browser."""
+def _remember(demo: gr.Blocks, linked: dict[str, Any], kept: dict[str, Any], link: dict[str, Any]) -> Any:
+    """Settings come from the link, else from this browser; every change is kept in this browser.
+
+    ``linked`` are those that a link carries; the others are kept alone. Returns the event after which all are in place.
+    """
+    settings = {**linked, **kept}
     names = list(settings)
     script = (_HERE / "settings.js").read_text(encoding="utf-8")
     kinds = {
@@ -113,10 +120,13 @@ def _remember(demo: gr.Blocks, settings: dict[str, Any], link: dict[str, Any]) -
     call = f"({script.strip()})({json.dumps(names)}, {json.dumps(kinds)})"
     values = list(settings.values())
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
-    demo.load(None, values, values, js=f"(...values) => {call}.restore(values)", **private)
+    restored = demo.load(None, values, values, js=f"(...values) => {call}.restore(values)", **private)
     gr.on(
         [component.change for component in values], None, values, None, js=f"(...values) => {call}.keep(values)",
         **private,
     )
-    link["button"].click(None, values, link["shown"], js=f"(...values) => {call}.link(values)", **private)
+    link["button"].click(
+        None, list(linked.values()), link["shown"], js=f"(...values) => {call}.link(values)", **private
+    )
     link["reset"].click(None, None, None, js=f"() => {call}.forget()", **private)
+    return restored

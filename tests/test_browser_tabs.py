@@ -265,6 +265,62 @@ def test_about_explains_with_the_equation(page):
     assert "threshold p" in page.locator("#about").inner_text()
 
 
+def test_settings_of_every_tab_survive_a_reload(page):
+    """Chat's p and seed, a sweep's grid, the shape on paper."""
+    tab(page, "Chat")
+    box = page.locator("#chat-p input[type=number]")
+    box.fill("0.85")
+    box.press("Enter")
+    tab(page, "Sweep")
+    page.locator("#sweep-grid input, #sweep-grid textarea").fill("0.1, 0.2")
+    tab(page, "Benchmark")
+    page.locator("#bench-contexts input, #bench-contexts textarea").fill("64")
+    page.locator("#bench-contexts input, #bench-contexts textarea").blur()
+    page.wait_for_timeout(800)
+    page.reload()
+    page.wait_for_selector("#generate")
+    wait_until(lambda: columns(page) > 50)
+    tab(page, "Chat")
+    wait_until(lambda: page.locator("#chat-p input[type=number]").input_value() == "0.85")
+    tab(page, "Sweep")
+    assert page.locator("#sweep-grid input, #sweep-grid textarea").input_value() == "0.1, 0.2"
+    tab(page, "Benchmark")
+    assert page.locator("#bench-contexts input, #bench-contexts textarea").input_value() == "64"
+
+
+def test_a_chat_goes_by_keyboard_alone(page):
+    """Type, Enter sends; Tab reaches Stop and the rest."""
+    tab(page, "Chat")
+    page.locator("#chat-message textarea").focus()
+    page.keyboard.type("Hello there")
+    page.keyboard.press("Enter")
+    wait_until(lambda: turns(page) == 1)
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    wait_until(lambda: "Stopped" in line(page, "chat-status") or "Done" in line(page, "chat-status"))
+    assert page.evaluate("document.activeElement.id") == "chat-stop"
+
+
+@pytest.mark.parametrize("name", TABS)
+def test_axe_finds_nothing_serious_on_a_phone(browser, url, name):
+    """390 px wide, each tab as it opens."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    with visitor(browser, url, viewport={"width": 390, "height": 844}) as page:
+        on_a_phone(page, name)
+        found = axe.run(page).response["violations"]
+        bad = [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")]
+        assert not bad, bad
+
+
+def on_a_phone(page, name):
+    """Tabs that have no room are in a menu."""
+    if not page.get_by_role("tab", name=name, exact=True).is_visible():
+        page.locator("#tabs .overflow-menu button").first.click()
+    page.locator("#tabs").get_by_text(name, exact=True).last.click()
+    page.wait_for_timeout(500)
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_serious_on_any_tab(browser, url, theme):
     """Names, roles and contrast, with figures on show."""
@@ -293,10 +349,7 @@ def test_axe_finds_nothing_serious_on_any_tab(browser, url, theme):
 def test_no_tab_scrolls_sideways_on_a_phone(browser, url, name):
     """390 px wide."""
     with visitor(browser, url, viewport={"width": 390, "height": 844}) as page:
-        if not page.get_by_role("tab", name=name, exact=True).is_visible():
-            page.locator("#tabs .overflow-menu button").first.click()
-        page.locator("#tabs").get_by_text(name, exact=True).last.click()
-        page.wait_for_timeout(500)
+        on_a_phone(page, name)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 

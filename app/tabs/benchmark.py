@@ -43,6 +43,11 @@ class Benchmark:
         self.table = gr.HTML("", elem_id="bench-table", apply_default_css=False)
         self.csv = gr.Button("CSV", size="sm", elem_id="bench-csv", visible=False)
         self._paper(service)
+        self.settings = {
+            "contexts": self.contexts, "loads": self.loads, "new_tokens": self.new_tokens, "rounds": self.rounds,
+            "stock": self.stock, "shape": self.shape, "context": self.context, "batch": self.batch, "load": self.load,
+            "layers": self.layers, "dtype": self.dtype, "device": self.device,
+        }
         self._wire(service, model)
 
     def _paper(self, service: Service) -> None:

@@ -19,7 +19,11 @@ BLIND = "Starts a new conversation; sides are dealt by lot and named after your 
 
 
 class Chat:
-    """The tab's components and handlers."""
+    """The tab's components and handlers.
+
+    Attributes:
+        settings: what the browser's memory keeps, by name; so in the other tabs.
+    """
 
     def __init__(self, service: Service, model: gr.Dropdown) -> None:
         self.service, self.model = service, model
@@ -54,6 +58,10 @@ class Chat:
                 value=-1, precision=0, label="Seed", info="The same for both; -1 draws a new one each time",
                 elem_id="chat-seed",
             )
+        self.settings = {
+            "p": self.p, "parent": self.parent, "blind": self.blind, "new_tokens": self.new_tokens,
+            "temperature": self.temperature, "seed": self.seed,
+        }
         self._wire()
 
     def _wire(self) -> None:

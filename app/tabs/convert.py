@@ -31,6 +31,7 @@ class Convert:
 
     def __init__(self, service: Service) -> None:
         self.done = gr.State(None)
+        self.settings: dict[str, Any] = {}
         if not service.limits.convert:
             gr.Markdown(OFF)
             self.open = gr.Button("Open in Explore", visible=False)
@@ -43,6 +44,10 @@ class Convert:
                 self.estimate = gr.Markdown("", elem_id="convert-estimate")
                 self.plot = gr.Plot(show_label=False, elem_id="convert-plot", visible=False)
                 self.open = gr.Button("Open in Explore", visible=False, elem_id="convert-open")
+        self.settings = {
+            "parent": self.parent, "name": self.name, "data": self.data, "layers": self.layers, "tokens": self.tokens,
+            "block": self.block, "batch": self.batch,
+        }
         self._wire(service)
 
     def _controls(self, service: Service) -> None:

@@ -51,6 +51,7 @@ class SweepTab:
                 self.table = gr.HTML("", elem_id="sweep-table", apply_default_css=False)
                 self.csv = gr.Button("CSV", size="sm", elem_id="sweep-csv", visible=False)
         self.found = gr.State(None)
+        self.settings = {"text": self.text, "grid": self.grid, "within": self.within}
         self._wire(service, model, sample)
 
     def _wire(self, service: Service, model: gr.Dropdown, sample: str) -> None:
