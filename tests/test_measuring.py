@@ -7,7 +7,7 @@ import pytest
 from talkers import talker
 
 from app.errors import UserError
-from app.service import Limits, Service
+from app.service import Limits, Service, measuring
 from app.service.conversions import Plan
 
 TEXT = "Once there was a fox who lived by the river and counted the boats. " * 6
@@ -80,6 +80,29 @@ def test_a_bench_tells_its_rounds_and_gives_every_side(service):
     found = results(service.bench("tiny-MoD", "tiny", [16], [0.5], 4, 2, True))
     assert "context 16, batch 1: 1 of 2" in found
     assert [result.side for result in found[-1]] == ["stock generate", "engine, p = 0", "load 0.5"]
+
+
+@pytest.mark.parametrize("parent", ["tiny", None])
+def test_the_dense_side_of_a_bench_is_a_stock_model(service, monkeypatch, parent):
+    """Models are held with routers; transformers' own generate is timed without them."""
+    from modification import MoDModel
+
+    met = []
+    monkeypatch.setattr(measuring, "bench", lambda model, dense, **options: met.append((model, dense)) or [])
+    results(service.bench("tiny-MoD", parent, [16], [0.5], 4, 1, True))
+    model, dense = met[0]
+    assert isinstance(model, MoDModel)
+    assert not isinstance(dense, MoDModel)
+
+
+@pytest.mark.parametrize(("changes", "what"), [
+    ({"contexts": [16] * 9}, "contexts"), ({"loads": [0.5] * 9}, "loads"), ({"new_tokens": 5000}, "decode steps"),
+    ({"rounds": 500}, "rounds"),
+])
+def test_a_bench_that_would_take_too_long_is_refused(service, changes, what):
+    asked = {"contexts": [16], "loads": [0.5], "new_tokens": 4, "rounds": 1, "stock": False, **changes}
+    with pytest.raises(UserError, match=f"{what} are too many"):
+        results(service.bench("tiny-MoD", None, **asked))
 
 
 def test_a_bench_without_a_parent_restores_one(service):

@@ -1,5 +1,6 @@
 """The door between app and engine, without a browser: dials, queue, errors, freed places."""
 
+import json
 import threading
 import time
 
@@ -32,7 +33,6 @@ def tape_of(updates):
 
 
 def columns(tape):
-    import json
     return [record for record in map(json.loads, tape.splitlines()) if record[0] == "c"]
 
 
@@ -152,6 +152,43 @@ def test_pieces_add_up_to_the_text(text):
     pieces = [reader.read(token) for token in tokenizer(text)["input_ids"]]
     assert "".join(piece.text for piece in pieces) == text
     assert reader.read(1).special
+
+
+@pytest.mark.parametrize("damage", [
+    {"info": {"anchors": None}}, {"info": {"special": 5}}, {"info": {"shape": 3}}, {"info": 7},
+    {"info": {"shape": {"layer_weights": "many"}}}, {"info": {"likely": {"a": 1}}}, {"depth": 10**9}, {"depth": 0},
+    {"mod_layers": [9]}, {"steps": [{"tokens": [1]}]}, {"format": 99}, {"texts": ["a", "b"]},
+])
+def test_a_broken_trace_is_a_sentence(service, damage):
+    """Whatever is wrong with it: nothing else than UserError."""
+    one = {
+        "tokens": [1], "logprobs": [None], "scores": [[0.5], [0.5]], "routed": [[1], [0]], "p": 0.5, "kv": [1, 1, 2],
+        "seconds": 0.1, "prefill": True,
+    }
+    whole = {"format": 1, "depth": 4, "mod_layers": [1, 2], "texts": ["a"], "info": {}, "steps": [one]}
+    assert columns(service.read_trace(json.dumps(whole).encode()))
+    with pytest.raises(UserError, match="can't be shown"):
+        service.read_trace(json.dumps({**whole, **damage}).encode())
+
+
+@pytest.mark.parametrize("change", [
+    {"scores": [[5.0], [0.5]]}, {"scores": [[float("nan")], [0.5]]}, {"seconds": float("inf")}, {"p": 2}, {"kv": [1]},
+    {"logprobs": []}, {"routed": [[1]]}, {"tokens": []},
+])
+def test_a_step_that_cannot_be_is_a_sentence(service, change):
+    """Scores and p from 0 to 1, finite seconds, shapes that fit."""
+    one = {
+        "tokens": [1], "logprobs": [None], "scores": [[0.5], [0.5]], "routed": [[1], [0]], "p": 0.5, "kv": [1, 1, 2],
+        "seconds": 0.1, "prefill": True, **change,
+    }
+    whole = {"format": 1, "depth": 4, "mod_layers": [1, 2], "texts": ["a"], "info": {}, "steps": [one]}
+    with pytest.raises(UserError, match="can't be shown"):
+        service.read_trace(json.dumps(whole).encode())
+
+
+def test_a_trace_that_is_too_large_is_refused_unread(folder):
+    with pytest.raises(UserError, match=r"at most 0 MB|0\.0 MB"):
+        Service({}, limits=Limits(trace_bytes=10)).read_trace(b"x" * 100)
 
 
 def test_turnstile_lets_in_by_order_of_arrival():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import secrets
 import threading
 import time
@@ -245,32 +244,36 @@ class Service:
         self, model: str, parent: str | None, text: str, grid: Sequence[float], within: float
     ) -> Iterator[Update]:
         """A text over a grid of p: the sweep so far, again and again; the last is whole."""
-        yield from self._both(model, parent)
-        with self._place() as line:
-            yield from line
-            with contextlib.ExitStack() as kept:
-                loaded = kept.enter_context(self.library.lend(model))
-                dense = kept.enter_context(self.library.lend(parent)) if parent else None
-                work = functools.partial(
-                    measuring.sweep_text, loaded, dense, text, grid, within, self.limits
-                )
-                yield from _reports(lambda report: work(report=report))
+        yield from self._measured(
+            model, parent,
+            lambda loaded, dense, report: measuring.sweep_text(loaded, dense, text, grid, within, self.limits, report),
+        )
 
     def bench(
         self, model: str, parent: str | None, contexts: Sequence[int], loads: Sequence[float], new_tokens: int,
         rounds: int, stock: bool,
     ) -> Iterator[Update]:
         """Time a model against its dense parent: sentences, then the results."""
+        yield from self._measured(
+            model, parent,
+            lambda loaded, dense, report: measuring.bench_model(
+                loaded, dense, contexts, loads, new_tokens, rounds, stock, report
+            ),
+        )
+
+    def _measured(
+        self, model: str, parent: str | None, work: Callable[[Loaded, Loaded | None, Report], Any]
+    ) -> Iterator[Update]:
+        """What work on a model and its dense parent, if there is one, reports, and its result."""
         yield from self._both(model, parent)
-        with self._place() as line:
+        with self._place() as line, contextlib.ExitStack() as kept:
             yield from line
-            with contextlib.ExitStack() as kept:
-                loaded = kept.enter_context(self.library.lend(model))
-                dense = kept.enter_context(self.library.lend(parent)) if parent else None
-                work = functools.partial(
-                    measuring.bench_model, loaded, dense, contexts, loads, new_tokens, rounds, stock
-                )
-                yield from _reports(lambda report: work(report=report))
+            loaded = kept.enter_context(self.library.lend(model))
+            dense = kept.enter_context(self.library.lend(parent)) if parent else None
+            reports = in_background(lambda report: work(loaded, dense, report))
+            for found in kept.enter_context(contextlib.closing(reports)):
+                if found is not None:
+                    yield Update(result=found.value if isinstance(found, Finished) else found)
 
     def estimate(
         self, source: str, context: int, batch: int, load: float, dtype: str, layers: str, device: str
@@ -359,10 +362,3 @@ def _threshold(p: object) -> float:
         return check_threshold(p)
     except ValueError as error:
         raise UserError(f"{error}.") from error
-
-
-def _reports(work: Callable[[Report], Any]) -> Iterator[Update]:
-    with contextlib.closing(in_background(work)) as reports:
-        for found in reports:
-            if found is not None:
-                yield Update(result=found.value if isinstance(found, Finished) else found)
