@@ -166,13 +166,11 @@ def test_a_preview_recolours_at_once_and_says_that_it_is_one(page):
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     page.locator("[data-tool=preview]").fill("0.95")
-    page.wait_for_timeout(200)
-    assert "Preview at p = 0.95" in page.locator(".mod-banner").inner_text()
-    assert drawing(page) != before
+    wait_until(lambda: "Preview at p = 0.95" in page.locator(".mod-banner").inner_text())
+    wait_until(lambda: drawing(page) != before)
     page.click("[data-tool=actual]")
-    page.wait_for_timeout(200)
-    assert not page.locator(".mod-banner").is_visible()
-    assert drawing(page) == before
+    wait_until(lambda: not page.locator(".mod-banner").is_visible())
+    wait_until(lambda: drawing(page) == before)
     assert not [url for url in asked if "queue" in url]
 
 
@@ -181,8 +179,7 @@ def test_every_mode_is_another_picture(page, mode):
     """Scores, decisions, depth."""
     before = drawing(page)
     page.locator("[data-tool=mode]").select_option(mode)
-    page.wait_for_timeout(200)
-    assert drawing(page) != before
+    wait_until(lambda: drawing(page) != before)
     assert pixels(page) > 1
 
 
@@ -191,13 +188,11 @@ def test_zoom_and_fit_change_how_much_is_seen(page):
     width = "document.querySelector('.mod-scroll').scrollWidth"
     whole = page.evaluate(width)
     page.click("[data-tool=fit]")
-    page.wait_for_timeout(200)
-    assert page.evaluate("(() => { const s = document.querySelector('.mod-scroll');"
-                         "return s.scrollWidth <= s.clientWidth + 30; })()")
+    wait_until(lambda: page.evaluate("(() => { const s = document.querySelector('.mod-scroll');"
+                                     "return s.scrollWidth <= s.clientWidth + 30; })()"))
     for _ in range(4):
         page.click("[data-tool=in]")
-    page.wait_for_timeout(200)
-    assert page.evaluate(width) > whole
+    wait_until(lambda: page.evaluate(width) > whole)
 
 
 def test_layers_that_never_ran_are_pointed_out(page):
@@ -226,7 +221,7 @@ def test_two_runs_are_compared_at_their_first_difference(page):
     page.locator("[data-tool=mode]").select_option("difference")
     wait_until(lambda: re.search(r"first difference at token \d+", page.locator(".mod-banner").inner_text()))
     assert "ran in the pinned run alone" in page.locator(".mod-legend").inner_text()
-    assert pixels(page) > 2
+    wait_until(lambda: pixels(page) > 2)
 
 
 def load_trace(page, path):
