@@ -18,7 +18,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class SideFigures:
-    """One answer's figures, all measured but the dense parent's cache, which is counted.
+    """One answer's figures, all measured but the dense parent's cache, which is estimated.
 
     Attributes:
         tokens: new tokens.

@@ -21,10 +21,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from modification.measure.cost import CostMeter, ModelShape
 from modification.trace import RoutingTrace, Step
 
 FIGURES = ("load", "total", "speed", "stored", "allocated", "dense", "saved", "tokens", "seconds")
+_HEX = tuple(f"{level:03x}" for level in range(4096))
 RECENT = 32  # tokens over which load and speed are averaged
 
 
@@ -68,11 +71,11 @@ class Tape:
     ) -> None:
         """Record a step, what its tokens and its likeliest ones read as, and how long it took by the user's clock."""
         self.meter.add(step)
-        self.ran += int(step.routed.sum())
-        self.scored += step.routed.size
+        ran, scored = int(step.routed.sum()), step.routed.size
+        self.ran, self.scored = self.ran + ran, self.scored + scored
         if not step.prefill:
             self.new_tokens += 1
-            self.recent.append((step.load, step.seconds if seconds is None else seconds))
+            self.recent.append((ran / scored if scored else 1.0, step.seconds if seconds is None else seconds))
         threshold = [round(p, 3) for p in step.layer_p] or round(step.p, 3)
         rivals = [
             [text, token, round(value, 3)]
@@ -80,7 +83,7 @@ class Tape:
         ]
         for at, piece in enumerate(pieces):
             kind = "s" if piece.special else ("p" if step.prefill else "n")
-            scores = "".join(f"{round(float(g) * 4095):03x}" for g in step.scores[:, at])
+            scores = "".join(_HEX[level] for level in np.rint(step.scores[:, at] * 4095).astype(int).tolist())
             record = ["c", piece.text, threshold, scores, bits(step.routed[:, at]), kind, int(step.tokens[at])]
             self._add(*record, *(() if step.prefill else (round(step.logprob, 3), rivals)))
             self.columns += 1

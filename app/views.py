@@ -14,13 +14,15 @@ FOLDERS = ("heatmap", "chat")
 def view(folder: str, tape: Any, elem_id: str, **options: Any) -> gr.HTML:
     """A component that shows a tape and whatever is appended to it.
 
-    The scripts of the folder are joined in the order of their names and run once per component, as one function body.
+    The scripts of the folder are joined, in the order of their names after the prelude that all views share, and run
+    once per component, as one function body.
     """
     here = _HERE / folder
+    scripts = [_HERE / "prelude.js", *sorted(here.glob("*.js"))]
     return gr.HTML(
         value=tape,
         html_template=(here / f"{folder}.html").read_text(encoding="utf-8"),
-        js_on_load="\n".join(path.read_text(encoding="utf-8") for path in sorted(here.glob("*.js"))),
+        js_on_load="\n".join(path.read_text(encoding="utf-8") for path in scripts),
         elem_id=elem_id,
         apply_default_css=False,
         **options,

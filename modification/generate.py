@@ -145,7 +145,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> Choice:
         """Choose; the distribution is altered for the choice alone."""
-        logprobs = torch.log_softmax(logits.float(), -1)
+        logprobs, ids = torch.log_softmax(logits.float(), -1), None
         if self.temperature == 0.0:
             token = int(logprobs.argmax())
         else:
@@ -154,8 +154,9 @@ class Sampler:
             token = int(place if ids is None else ids[place])
         if not self.alternatives:
             return Choice(token, float(logprobs[token]))
-        best = logprobs.topk(min(self.alternatives, len(logprobs)))
-        return Choice(token, float(logprobs[token]), tuple(best.indices.tolist()), tuple(best.values.tolist()))
+        count = min(self.alternatives, len(logprobs))
+        best = logprobs.topk(count).indices if ids is None or len(ids) < count else ids[:count]
+        return Choice(token, float(logprobs[token]), tuple(best.tolist()), tuple(logprobs[best].tolist()))
 
     def _candidates(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weights of the tokens that may be chosen, and their ids; None where these are all, in order."""

@@ -1,7 +1,6 @@
 // The chat view: reads a conversation's tape (see app/talk.py) and shows both sides. Runs once per component with
-// `element`, `props` and `watch` given. All text goes in as textContent.
+// `element`, `props` and `watch` given, after app/prelude.js. All text goes in as textContent.
 
-const find = (selector) => element.querySelector(selector);
 const list = find('.talk-turns'), voteRow = find('.talk-vote'), tallyLine = find('.talk-tally');
 const STORE = 'modification-votes';
 
@@ -106,13 +105,6 @@ function ended(side, text) {
   }
 }
 
-function bytes(count) {
-  const units = ['B', 'KB', 'MB', 'GB'];
-  let at = 0;
-  while (count >= 1000 && at < 3) { count /= 1000; at += 1; }
-  return (at ? count.toFixed(1) : count) + ' ' + units[at];
-}
-
 // Names, and the vote that brings them out.
 
 const hidden = () => talk && talk.blind && !talk.revealed;
@@ -152,14 +144,6 @@ function vote(choice) {
   try { localStorage.setItem(STORE, JSON.stringify(cast.slice(-1000))); } catch { /* a full or forbidden store */ }
   ballot();
   tallyLine.focus();
-}
-
-function save(name, type, content) {
-  const link = document.createElement('a');
-  link.href = URL.createObjectURL(new Blob([content], { type }));
-  link.download = name;
-  link.click();
-  URL.revokeObjectURL(link.href);
 }
 
 element.addEventListener('click', (event) => {

@@ -1,8 +1,7 @@
 // The live view, part 1: reads the tape (see app/tape.py) into columns.
-// The parts are joined in the order of their names and run once per component, as one function body, with `element`,
-// `props` and `watch` given. All text goes in as textContent.
+// The parts are joined in the order of their names after app/prelude.js, and run once per component, as one function
+// body, with `element`, `props` and `watch` given. All text goes in as textContent.
 
-const find = (selector) => element.querySelector(selector);
 const story = find('.mod-story'), scroll = find('.mod-scroll'), spacer = find('.mod-spacer');
 const canvas = find('.mod-canvas'), axis = find('.mod-axis'), tip = find('.mod-tip'), title = find('.mod-title');
 
@@ -102,13 +101,6 @@ function showFigures({ load, total, speed, stored, dense, saved, tokens }) {
 function put(name, value, note) {
   find(`[data-figure="${name}"]`).textContent = value;
   find(`[data-note="${name}"]`).textContent = note;
-}
-
-function bytes(count) {
-  const units = ['B', 'KB', 'MB', 'GB'];
-  let at = 0;
-  while (count >= 1000 && at < 3) { count /= 1000; at += 1; }
-  return (at ? count.toFixed(1) : count) + ' ' + units[at];
 }
 
 // The threshold of a MoD layer (by its place) at a column.

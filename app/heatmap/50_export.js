@@ -2,14 +2,6 @@
 
 const WIDEST = 16000; // px that browsers' canvases can be relied on to have
 
-function save(name, type, content) {
-  const link = document.createElement('a');
-  link.href = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));
-  link.download = name;
-  link.click();
-  URL.revokeObjectURL(link.href);
-}
-
 function png() {
   const before = cell, height = TOP + rowHeight() * state.depth + 2;
   const columns = shownColumns();

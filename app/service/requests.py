@@ -22,7 +22,8 @@ class Limits:
         text_tokens: longest text of a sweep.
         thresholds: most of a sweep.
         trace_bytes: largest trace that can be loaded.
-        frame: least seconds between two pictures of a run; a message a token would cost more than the token.
+        frame: least seconds between two pictures of a run, up to thrice that where tokens come fast; a message a token
+            would cost more than the token.
         free_models: whether folders and Hub ids may be typed in; off, only listed models open.
         convert: whether models may be converted here.
     """
@@ -37,7 +38,7 @@ class Limits:
     text_tokens: int = 32_768
     thresholds: int = 101
     trace_bytes: int = 20_000_000
-    frame: float = 0.15
+    frame: float = 0.1
     free_models: bool = True
     convert: bool = True
 

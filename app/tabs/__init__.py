@@ -1,1 +1,1 @@
-"""One file a tab: ``build(service)`` lays it out and wires its handlers."""
+"""One file a tab: a class (or ``build``) that lays it out and wires its handlers; ``programs`` is for programs."""

@@ -86,7 +86,8 @@ def _chat(service: Service) -> Any:
             seed: makes sampling repeatable, the same for both; -1 draws a new one.
 
         Returns:
-            names of the two sides, and per turn the message, both answers and both answers' figures.
+            sides (dense, mod), and per turn the message, both answers and their figures: tokens, speed and first
+            (tokens per second, seconds), prefilled, load, and kv as bytes stored, allocated, and of the dense parent.
         """
         name, session = _default(service, model), f"api-{secrets.token_hex(8)}"
         try:

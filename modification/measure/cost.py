@@ -125,8 +125,8 @@ class CostMeter:
         self.dense += shape.depth * plain + head
         self.routed += (shape.depth - len(shape.mod_layers)) * plain + head
         stored = self._stored or [0] * len(shape.mod_layers)
-        for at, ran in enumerate(step.routed):
-            stored[at] = self._add_routed(ran.tolist(), stored[at])
+        for at, ran in enumerate(step.routed.tolist()):
+            stored[at] = self._add_routed(ran, stored[at])
         self._stored = stored
         self._seen += new
 
