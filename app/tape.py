@@ -183,14 +183,14 @@ def _shape_of(trace: RoutingTrace) -> ModelShape:
 
 def summary(tape: str) -> dict[str, Any]:
     """A finished tape for a program: the new text and the last figures, bytes and shares as numbers."""
-    text, figures = [], dict[str, Any]()
+    text, figures, steps = [], dict[str, Any](), 0
     for record in map(json.loads, tape.splitlines()):
         if record[0] == "c" and record[5] == "n":
             text.append(record[1])
         elif record[0] == "f":
-            figures = dict(zip(FIGURES, record[1:], strict=True))
+            figures, steps = dict(zip(FIGURES, record[1:], strict=True)), steps + 1
     return {
-        "text": "".join(text), "new_tokens": sum(1 for line in tape.splitlines() if line.startswith('["f"')) - 1,
+        "text": "".join(text), "new_tokens": steps - 1,  # the first is the prompt
         "load": figures["total"], "tokens_per_second": figures["speed"], "kv_stored": figures["stored"],
         "kv_allocated": figures["allocated"], "kv_dense": figures["dense"], "compute_saved": figures["saved"],
         "ended": ending(tape),

@@ -152,9 +152,6 @@ class Chats:
         for name in idle:
             self.close(name)
 
-    def __len__(self) -> int:
-        return len(self._open)
-
 
 def answer(
     conversation: Conversation, models: tuple[Loaded, Loaded], message: str, dials: tuple[Dial, Dial],

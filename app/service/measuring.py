@@ -89,13 +89,13 @@ def bench_model(
     Raises:
         UserError: a value out of bounds.
     """
-    # A dense model is held with routers of its own, for the other tabs: stock generate must not meet them.
     for name, values, most in (
         ("contexts", contexts, 8), ("loads", loads, 8), ("decode steps", range(new_tokens), 512),
         ("rounds", range(rounds), 20),
     ):
         if len(values) > most:
             raise UserError(f"{len(values):,} {name} are too many here: at most {most}.")
+    # A dense model is held with routers of its own, for the other tabs: stock generate must not meet them.
     dense = dense_twin((parent or loaded).model)
     try:
         with loaded.lock:

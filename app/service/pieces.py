@@ -16,8 +16,7 @@ class PieceReader:
         self._held: list[int] = []
         self._before: list[int] = []
         self._names: dict[int, str] = {}
-        self._starts: dict[tuple[int, ...], str] = {}
-        self._pairs: dict[tuple[int, ...], tuple[str, str]] = {}
+        self._texts: dict[tuple[int, ...], str] = {}
 
     def read(self, token: int) -> Piece:
         """The piece of the next token."""
@@ -26,27 +25,17 @@ class PieceReader:
             return Piece(self.tokenizer.convert_ids_to_tokens(token), True)
         self._held.append(token)
         # Decoding after the token before keeps the leading space that decoding alone would lose.
-        if len(self._held) == 1 and len(self._before) <= 1:
-            text, start = self._pair(tuple(self._before), token)
-        else:
-            start, text = self._start(tuple(self._before)), self.tokenizer.decode(self._before + self._held)
+        start, text = self._decoded(*self._before), self._decoded(*self._before, *self._held)
         if text.endswith("\ufffd") and len(self._held) < 8:
             return Piece("")
         self._before, self._held = self._held, []
         return Piece(text[len(start) :])
 
-    def _pair(self, before: tuple[int, ...], token: int) -> tuple[str, str]:
-        """What a token reads as after the one before it, and what that one reads as: texts repeat themselves."""
-        found = self._pairs.get((*before, token))
+    def _decoded(self, *tokens: int) -> str:
+        """What tokens read as together; kept, since texts repeat themselves."""
+        found = self._texts.get(tokens)
         if found is None:
-            found = self.tokenizer.decode([*before, token]), self._start(before)
-            self._pairs[(*before, token)] = found
-        return found
-
-    def _start(self, before: tuple[int, ...]) -> str:
-        found = self._starts.get(before)
-        if found is None:
-            found = self._starts[before] = str(self.tokenizer.decode(list(before)))
+            found = self._texts[tokens] = str(self.tokenizer.decode(list(tokens)))
         return found
 
     def names(self, tokens: Iterable[int]) -> list[str]:

@@ -11,7 +11,6 @@ import gradio as gr
 from app.figures import bench_figure, estimate_figure
 from app.present import bench_rows, estimate_rows
 from app.service import Service
-from app.tabs.chat import dense_side
 from app.tabs.shared import csv_script, guarded, numbers, shown, status, table, waiting
 
 OPENING = "Dense and routed alternate; p is set so that each load is hit. Nothing else should run meanwhile."
@@ -93,10 +92,9 @@ def _bench(service: Service) -> Any:
         model: str | None, contexts: str, loads: str, new_tokens: float, rounds: float, stock: bool
     ) -> Iterator[tuple[Any, ...]]:
         name = model or ""
-        parent = dense_side(service, name, None)
         yield status("Starting …", busy=True), gr.skip(), gr.skip(), gr.skip()
         updates = service.bench(
-            name, parent if parent != name else None, numbers(contexts, int, "Contexts"),
+            name, service.parent_of(name), numbers(contexts, int, "Contexts"),
             numbers(loads, float, "Loads"), int(new_tokens or 0), int(rounds or 0), stock,
         )
         with contextlib.closing(updates):

@@ -121,10 +121,9 @@ def _sweep(service: Service) -> Any:
             compute as shares of dense (counted).
         """
         name, grid = _default(service, model), thresholds or [round(0.1 * at, 1) for at in range(11)]
-        parent = dense_side(service, name, None)
         found = None
         with _sentences():
-            for update in service.sweep(name, parent if parent != name else None, text, grid, within):
+            for update in service.sweep(name, service.parent_of(name), text, grid, within):
                 found = update.result if update.result is not None else found
         return {} if found is None else {
             "dense_loss": found.dense, "dense": found.parent, "tokens": found.tokens,

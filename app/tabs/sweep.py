@@ -13,7 +13,6 @@ from app.errors import UserError
 from app.figures import sweep_figure
 from app.present import best_sentence, sweep_rows
 from app.service import Service
-from app.tabs.chat import dense_side
 from app.tabs.shared import csv_script, guarded, numbers, shown, status, table, waiting
 
 GRID = "0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1"
@@ -90,10 +89,9 @@ def _sweep(service: Service) -> Any:
     def sweep(text: str, grid: str, within: float | None, model: str | None) -> Iterator[tuple[Any, ...]]:
         text, name = service.limits.check_prompt(text), model or ""
         points = sorted(set(numbers(grid, float, "Thresholds p")))
-        parent = dense_side(service, name, None)
         yield status("Starting …", busy=True), gr.skip(), gr.skip(), "", None, gr.update(visible=False), gr.skip()
         found = None
-        updates = service.sweep(name, parent if parent != name else None, text, points, (within or 0.0) / 100)
+        updates = service.sweep(name, service.parent_of(name), text, points, (within or 0.0) / 100)
         with contextlib.closing(updates):
             for update in updates:
                 if (line := waiting(update, name)) is not None:
