@@ -7,8 +7,11 @@ alone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import math
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +23,8 @@ from modification.routing import Router, RoutingCall, Selection, select, straigh
 
 Arguments = dict[str, Any]
 CALL = "mod_call"  # keyword under which a RoutingCall travels through the stock model
+# The same for models that hand no unknown keywords to their layers; set for the length of one call.
+CURRENT_CALL: ContextVar[RoutingCall | None] = ContextVar("mod_call", default=None)
 
 
 class MoDLayer(nn.Module):
@@ -36,12 +41,20 @@ class MoDLayer(nn.Module):
     layer_index: int
     window: int | None
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Taken here, not in forward: a checkpointed layer is run again after the call has ended.
+        if not self.family.passes_keywords:
+            kwargs[CALL] = CURRENT_CALL.get()
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[B, T, D] -> [B, T, D]. Without a routing call the layer is the dense parent's."""
         kwargs.update(zip(self.argument_names, args, strict=False))
         call: RoutingCall | None = kwargs.pop(CALL, None)
-        if call is None:
-            return self._stock(hidden_states, kwargs)
+        out = self._stock(hidden_states, kwargs) if call is None else self._routed(hidden_states, call, kwargs)
+        return (out, None) if self.family.returns_tuple else out
+
+    def _routed(self, hidden_states: Tensor, call: RoutingCall, kwargs: Arguments) -> Tensor:
         cache = kwargs[self.family.cache_argument]
         store = None if cache is None else cache.layers[self.layer_index]
         logit = self.router(hidden_states)
@@ -58,11 +71,12 @@ class MoDLayer(nn.Module):
         stays = run if call.config.kv == "evict" else call.real(run)
         columns = call.columns.to(x.device).expand(run.shape)
         slots = None if store is None else store.open(len(run), range(len(run)), columns, stays)
-        mask = self._visible(columns, columns if slots is None else slots.key_columns())
+        keys = columns if slots is None else slots.key_columns()
+        mask = self._visible(columns, keys, call.documents)
         # A token sees itself even where it is skipped: what it would have been had it run.
         own = torch.eye(run.shape[1], dtype=torch.bool, device=x.device)
         mask[..., mask.shape[-1] - run.shape[1] :] &= stays[:, None, None, :] | own
-        y = self._block(x, gate, call, self._arguments(kwargs, slots, mask))
+        y = self._block(x, gate, call, self._arguments(kwargs, call, slots, mask, keys, None))
         out = torch.where(run[..., None], y, x)
         if call.config.gate == "straight_through" and torch.is_grad_enabled():
             gradient = straight_through(logit, call.threshold(self.layer_index))
@@ -80,7 +94,9 @@ class MoDLayer(nn.Module):
             return x
         columns = call.columns.to(x.device)[chosen.index]
         slots = None if store is None else _open(store, len(run), columns, chosen)
-        arguments = self._arguments(kwargs, slots, self._gathered_mask(columns, slots, chosen, call))
+        keys = _own_columns(columns, chosen) if slots is None else slots.key_columns()
+        mask = self._gathered_mask(columns, keys, slots, chosen, call, kwargs)
+        arguments = self._arguments(kwargs, call, slots, mask, keys, chosen.rows)
         if chosen.index.shape == run.shape and chosen.filled is None:
             return self._block(x, gate, call, arguments)
         arguments.update(_gathered_positions(kwargs, chosen))
@@ -89,13 +105,14 @@ class MoDLayer(nn.Module):
     def _store_skipped(
         self, x: Tensor, skipped: Tensor, call: RoutingCall, store: RaggedLayer, kwargs: Arguments
     ) -> None:
-        """Keep mode: keys and values of skipped tokens [B, T], projected without running the block."""
+        """Keep mode: keys and values of skipped tokens [B, T], by running the block as far as its cache."""
         chosen = select(skipped)
         if chosen is None:
             return
         slots = _open(store, len(skipped), call.columns.to(x.device)[chosen.index], chosen)
-        position = _gathered_positions(kwargs, chosen).get("position_embeddings")
-        slots.update(*self.family.keys_values(self, chosen.gather(x), position))
+        arguments = {**kwargs, **_gathered_positions(kwargs, chosen), self.family.cache_argument: _NoFurther(slots)}
+        with contextlib.suppress(_Stored):
+            self._stock(chosen.gather(x), {**arguments, "attention_mask": None})
 
     def _block(self, x: Tensor, gate: Tensor, call: RoutingCall, arguments: Arguments) -> Tensor:
         if call.config.gate == "paper":
@@ -103,41 +120,58 @@ class MoDLayer(nn.Module):
         return self._stock(x, arguments)
 
     def _stock(self, x: Tensor, arguments: Arguments) -> Tensor:
-        out: Tensor = super().forward(x, **arguments)
-        return out
+        out = super().forward(x, **arguments)
+        hidden: Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden
 
-    def _arguments(self, kwargs: Arguments, slots: Slots | None, mask: Tensor | None) -> Arguments:
-        """The stock arguments with this layer's own cache window and mask [R, 1, N, K] in place."""
-        if mask is not None and self._kernel() == "eager":
-            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
-        return {**kwargs, self.family.cache_argument: slots, "attention_mask": mask}
+    def _arguments(
+        self, kwargs: Arguments, call: RoutingCall, slots: Slots | None, mask: Tensor | None, keys: Tensor,
+        rows: Tensor | None,
+    ) -> Arguments:
+        """The stock arguments with the cache window and mask [R, 1, N, K] of ``rows`` (None: all)."""
+        found = {**kwargs, self.family.cache_argument: slots, "attention_mask": mask}
+        if mask is None:
+            return found
+        bias, least = torch.zeros((), device=mask.device), torch.finfo(torch.float32).min
+        if (alibi := kwargs.get("alibi")) is not None:
+            own = _key_bias(alibi, len(call.p), rows, keys)
+            found["alibi"] = own if alibi.dim() == 4 else own.flatten(0, 1)
+            if alibi.dim() == 4:  # falcon looks for it in the mask, scaled
+                width = getattr(self, self.family.attention).head_dim
+                bias, least = own / math.sqrt(width), torch.finfo(own.dtype).min
+        if call.kernel == "eager" or bias.dim():
+            found["attention_mask"] = torch.where(mask, bias, least)
+        return found
 
     def _gathered_mask(
-        self, columns: Tensor, slots: Slots | None, chosen: Selection, call: RoutingCall
+        self, columns: Tensor, keys: Tensor, slots: Slots | None, chosen: Selection, call: RoutingCall,
+        kwargs: Arguments,
     ) -> Tensor | None:
         """None where the kernel's own rule (all keys, or causal from the first) is already right."""
         past = 0 if slots is None else slots.past
-        plain = self._kernel() == "sdpa" and self.window is None and len(chosen.rows) == 1
+        documents = None if call.documents is None else call.documents.to(columns.device)[chosen.rows]
+        plain = documents is None and call.kernel == "sdpa" and self.window is None and len(chosen.rows) == 1
+        plain = plain and kwargs.get("alibi") is None
         # A lone query sees all keys, unless the call has stored skipped tokens that come after it.
         last = columns.shape[1] == 1 and (call.config.kv == "evict" or len(call.columns) == 1)
         if plain and (last or not past):
             return None
-        mask = self._visible(columns, _own_columns(columns, chosen) if slots is None else slots.key_columns())
+        mask = self._visible(columns, keys, documents)
         if chosen.filled is not None:
             mask |= ~chosen.filled[:, None, :, None]  # fillers are thrown away; keep their softmax finite
         return mask
 
-    def _visible(self, columns: Tensor, key_columns: Tensor) -> Tensor:
-        """Which keys a query may see by place: [R, N] and [R, K] -> [R, 1, N, K] bool."""
+    def _visible(self, columns: Tensor, key_columns: Tensor, documents: Tensor | None) -> Tensor:
+        """Which keys a query may see by place and document: [R, N], [R, K] and [R, T] -> [R, 1, N, K] bool."""
         distance = columns[:, :, None] - key_columns[:, None, :]
         seen = distance >= 0
         if self.window is not None:
             seen &= distance < self.window
+        if documents is not None:
+            own = documents.to(columns.device)
+            there = own.gather(1, key_columns.clamp(max=own.shape[1] - 1))
+            seen &= own.gather(1, columns)[:, :, None] == there[:, None, :]
         return seen[:, None]
-
-    def _kernel(self) -> str:
-        kernel: str = getattr(self, self.family.attention).config._attn_implementation
-        return kernel
 
 
 def _own_columns(columns: Tensor, chosen: Selection) -> Tensor:
@@ -158,6 +192,29 @@ def _gathered_positions(kwargs: Arguments, chosen: Selection) -> Arguments:
     if kwargs.get("position_embeddings") is not None:
         found["position_embeddings"] = tuple(chosen.gather(part) for part in kwargs["position_embeddings"])
     return found
+
+
+class _Stored(Exception):
+    """Ends a block once its keys and values are in the cache."""
+
+
+class _NoFurther:
+    """A cache window after whose update nothing more is wanted."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.slots.update(keys, values)
+        raise _Stored
+
+
+def _key_bias(alibi: Tensor, batch: int, rows: Tensor | None, keys: Tensor) -> Tensor:
+    """ALiBi of some rows' keys: [B * H, 1, all] or [B, H, 1, all], and columns [R, K], -> [R, H, 1, K]."""
+    whole = alibi.reshape(batch, -1, alibi.shape[-1])
+    whole = whole if rows is None else whole[rows]
+    places = keys.clamp(max=whole.shape[-1] - 1)[:, None].expand(-1, whole.shape[1], -1)
+    return whole.gather(2, places)[:, :, None]
 
 
 @functools.cache

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from modification.architectures import FAMILIES
+from modification.architectures import FAMILIES, PREFIX, structured
 from modification.config import MoDConfig
-from modification.model import PREFIX, MoDModel, convert
+from modification.model import MoDModel, convert, register_family
 
 Quantization = Literal["4bit", "8bit"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -77,10 +78,16 @@ def load_dense_or_mod(
         weights["quantization_config"] = _quantization(quantization)
         weights["dtype"] = dtype or torch.bfloat16  # what is not quantised; fp16 crawls on CPUs
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **options, **weights)
+        _know_family(source, options["revision"])
+        model, info = AutoModelForCausalLM.from_pretrained(source, **options, **weights, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # whatever a damaged or hostile folder makes the readers raise
         raise LoadError(f"{path_or_hub_id} could not be loaded: {first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise LoadError(
+            f"{path_or_hub_id} lacks {len(missing)} of the model's weights, {missing[0]} among them: the files are "
+            "incomplete, or of another model"
+        )
     model.eval()
     if quantization is not None:
         _try_quantized(model, quantization)
@@ -143,16 +150,28 @@ def check_folder(folder: Path) -> dict[str, Any]:
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str):
         raise LoadError(f"{path} names no model_type")
-    if model_type.removeprefix(PREFIX) not in FAMILIES:
-        raise LoadError(f"model type {model_type!r} in {folder} is not supported: expected {', '.join(FAMILIES)}")
+    dense = model_type.removeprefix(PREFIX)
+    if dense not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise LoadError(f"model type {model_type!r} in {folder} is no causal language model of this transformers")
     if not any(folder.glob("*.safetensors")):
         raise LoadError(f"{folder} holds no .safetensors weights; other formats are not read")
     if model_type.startswith(PREFIX):
         try:
             MoDConfig.from_dict(config.get("mod"))
+            if dense not in FAMILIES:
+                structured(dense, config.get("mod_structure"))
         except ValueError as error:
             raise LoadError(f"{path}: {error}") from error
     return dict(config)
+
+
+def _know_family(source: str, revision: str) -> None:
+    """Register the MoD type of a converted model whose family is known by its saved structure alone."""
+    config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    model_type = str(config.get("model_type"))
+    dense = model_type.removeprefix(PREFIX)
+    if dense != model_type and dense not in FAMILIES:
+        register_family(structured(dense, config.get("mod_structure")))
 
 
 def _quantization(bits: str) -> Any:

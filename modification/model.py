@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from modification.architectures import FAMILIES, ConversionError, Family, entry_bytes, family_of, window_of
+from modification.architectures import (
+    FAMILIES,
+    PREFIX,
+    ConversionError,
+    Family,
+    entry_bytes,
+    family_of,
+    structure_of,
+    window_of,
+)
 from modification.cache import RaggedCache
 from modification.config import MoDConfig, check_threshold
-from modification.layer import CALL, MoDLayer, routed_class
+from modification.layer import CALL, CURRENT_CALL, MoDLayer, routed_class
 from modification.routing import INITIAL_BIAS, OPEN, Router, RoutingCall
 
-PREFIX = "mod_"  # a converted model's type is its family's with this in front
 PATHS = ("gathered", "masked")
+RULES = ("threshold", "top-k")
 Thresholds = float | Sequence[float] | Tensor
 
 
@@ -61,6 +74,7 @@ class MoDModel(PreTrainedModel, GenerationMixin):
     """Mixed in before a family's causal LM; made by :func:`mod_model_class`."""
 
     family: Family
+    takes_positions: bool  # whether the dense parent's forward has position_ids
     config: Any
     executor_slot: Slot
 
@@ -101,6 +115,7 @@ class MoDModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         p: Thresholds | None = None,
         routing: str | None = None,
+        rule: str = "threshold",
         output_router_scores: bool = False,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -114,6 +129,9 @@ class MoDModel(PreTrainedModel, GenerationMixin):
                 the config's by default.
             routing: "gathered" really skips; "masked" computes all and hides (reference, training).
                 By default masked while training, gathered otherwise.
+            rule: "threshold", or "top-k", which looks ahead and is for training alone.
+            position_ids: [B, T]; where they start anew in a row and there is neither mask nor cache, another packed
+                document begins, which sees nothing of those before it.
             output_router_scores: fill ``router_scores`` and ``routed`` of the output.
 
         Raises:
@@ -128,12 +146,24 @@ class MoDModel(PreTrainedModel, GenerationMixin):
             past_key_values = self.new_cache()
         check_cache(past_key_values)
         call = self._routing_call(given, attention_mask, past_key_values, p, routing)
-        call.record = output_router_scores
-        out = super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
-            logits_to_keep=logits_to_keep, return_dict=True, **{CALL: call}, **kwargs,
-        )
+        call.record, call.rule = output_router_scores, rule
+        if rule not in RULES:
+            raise ValueError(f"rule={rule!r}: expected one of {', '.join(RULES)}")
+        if attention_mask is None and past_key_values is None and position_ids is not None:
+            _note_documents(call, position_ids)
+        if position_ids is not None and self.takes_positions:
+            kwargs["position_ids"] = position_ids
+        if self.family.passes_keywords:
+            kwargs[CALL] = call
+        token = CURRENT_CALL.set(call)
+        try:
+            out = super().forward(
+                input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep,
+                return_dict=True, **kwargs,
+            )
+        finally:
+            CURRENT_CALL.reset(token)
         if past_key_values is not None:
             past_key_values.advance(given.shape[1])
         result = MoDCausalLMOutput(
@@ -160,7 +190,8 @@ class MoDModel(PreTrainedModel, GenerationMixin):
             anchored = (places < config.anchors).expand(batch, tokens)
         return RoutingCall(
             config=config, p=thresholds(config.p if p is None else p, batch, len(self.mod_layers), given.device),
-            path=path, columns=torch.arange(past, past + tokens, device=given.device), order=self.mod_layers,
+            path=path, columns=torch.arange(past, past + tokens, device=given.device),
+            kernel=self.config._attn_implementation, order=self.mod_layers,
             valid=valid, anchored=anchored,
         )
 
@@ -222,7 +253,8 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
         raise ConversionError(f"{type(model).__name__} is a MoD model already: restore(model) first to convert anew")
     config = config or MoDConfig()
     family = family_of(model)
-    if not isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
+    known = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not known or not isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
         raise ConversionError(f"{type(model).__name__}: looked for a causal language model with a head, found none")
     settings: Any = model.config
     config.layer_indices(settings.num_hidden_layers)
@@ -231,24 +263,28 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
             f"{type(model).__name__} is spread over devices by hooks that would bypass routing: convert it on one "
             "device, save it, then load the converted folder with a device map"
         )
-    before = _probe(model)
+    before, in_tuple = _probe_dense(model, family)
+    family = dataclasses.replace(family, returns_tuple=in_tuple)
     dense_config: Any = type(settings)
     dense_class: Any = type(model)
     settings.__class__ = mod_config_class(dense_config)
     settings.mod = config.to_dict()
+    if (structure := structure_of(family)) is not None:
+        settings.mod_structure = structure
     model.__class__ = mod_model_class(dense_class, family)
     _install(model, config)
     try:
         difference = (_probe_open(model) - before).abs().max().item()
+        if not difference <= _tolerance(before):
+            raise ConversionError(
+                f"{dense_class.__name__}: with every gate open the logits differ from the dense model's by "
+                f"{difference:.2g} (at most {_tolerance(before):.2g} allowed); the layers do more than the family's"
+            )
+        if structure is not None:
+            _check_paths(model)
     except Exception:
         restore(model)
         raise
-    if not difference <= _tolerance(before):
-        restore(model)
-        raise ConversionError(
-            f"{dense_class.__name__}: with every gate open the logits differ from the dense model's by "
-            f"{difference:.2g} (at most {_tolerance(before):.2g} allowed); the layers do more than the family's"
-        )
     return model
 
 
@@ -263,6 +299,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     del model.executor_slot
     config: Any = model.config
     del config.mod
+    if hasattr(config, "mod_structure"):
+        del config.mod_structure
     config.__class__ = type(config).__mro__[1]
     dense_class: Any = type(model).__mro__[2]
     model.__class__ = dense_class
@@ -291,6 +329,7 @@ def mod_model_class(dense_class: type[PreTrainedModel], family: Family) -> type[
     """The MoD subclass of a causal LM class; the same class at every call."""
     body = {
         "family": family,
+        "takes_positions": "position_ids" in inspect.signature(dense_class.forward).parameters,
         "config_class": mod_config_class(dense_class.config_class),
         "_no_split_modules": [*(dense_class._no_split_modules or [])],
         "_keep_in_fp32_modules_strict": {*(dense_class._keep_in_fp32_modules_strict or []), "router"},
@@ -310,11 +349,23 @@ def mod_config_class(dense_config: type[PreTrainedConfig]) -> type[PreTrainedCon
 def register() -> None:
     """Teach transformers' Auto classes the MoD model types, so that saved folders load with no remote code."""
     for family in FAMILIES.values():
-        dense_config: Any = type(AutoConfig.for_model(family.model_type))
-        model_class: Any = mod_model_class(MODEL_FOR_CAUSAL_LM_MAPPING[dense_config], family)
-        config_class = model_class.config_class
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+        register_family(family)
+
+
+def register_family(family: Family) -> None:
+    """Teach transformers' Auto classes one MoD model type.
+
+    Raises:
+        ConversionError: transformers has no causal language model of that type.
+    """
+    known = family.model_type in CONFIG_MAPPING
+    dense_config: Any = CONFIG_MAPPING[family.model_type] if known else None
+    if dense_config not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConversionError(f"model type {family.model_type!r} is no causal language model of this transformers")
+    model_class: Any = mod_model_class(MODEL_FOR_CAUSAL_LM_MAPPING[dense_config], family)
+    config_class = model_class.config_class
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
 
 def _places(
@@ -331,6 +382,20 @@ def _places(
     if bool(real.all()):
         return None, plain
     return real[:, past:], (real.long().cumsum(1) - 1)[:, past:]
+
+
+def _note_documents(call: RoutingCall, position_ids: Tensor) -> None:
+    """Packed documents, told by positions that start anew; each has anchors of its own."""
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not bool(starts.any()):
+        return
+    documents = F.pad(starts.long().cumsum(1), (1, 0)).expand(len(call.p), -1)
+    call.documents = documents
+    if call.config.anchors:
+        first = F.pad(starts, (1, 0), value=True).expand(len(call.p), -1)
+        columns = torch.arange(first.shape[1], device=first.device)
+        begun = torch.where(first, columns, 0).cummax(1).values
+        call.anchored = columns - begun < call.config.anchors
 
 
 @torch.no_grad()
@@ -360,6 +425,45 @@ def _probe_open(model: Any) -> Tensor:
     finally:
         for router, bias in zip(routers, saved, strict=True):
             router.bias.copy_(bias)
+
+
+def _probe_dense(model: PreTrainedModel, family: Family) -> tuple[Tensor, bool]:
+    """The probe's logits, and whether the decoder layers returned tuples."""
+    kinds: list[bool] = []
+    layer = family.decoder_layers(model)[0]
+    handle = layer.register_forward_hook(lambda module, args, out: kinds.append(isinstance(out, tuple)))
+    try:
+        return _probe(model), kinds[0]
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _check_paths(model: Any) -> None:
+    """For a family known by structure alone: really skipping must give what hiding gives, cached and not."""
+    name, length = type(model).__name__, min(16, getattr(model.config, "max_position_embeddings", None) or 16)
+    ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size
+    training, p = model.training, [float(at % 2) for at in range(len(model.mod_layers))]
+    model.eval()
+    try:
+        masked = model(input_ids=ids, p=[p], routing="masked", use_cache=False).logits.float()
+        cache, half = model.new_cache(), length // 2
+        pieces = [
+            model(input_ids=part, p=[p], routing="gathered", past_key_values=cache).logits
+            for part in (ids[:, :half], ids[:, half:-1], ids[:, -1:])
+        ]
+        stored, entries = cache.nbytes().stored, sum(sum(rows) for rows in cache.lengths().values())
+    finally:
+        model.train(training)
+    difference = (torch.cat(pieces, 1).float() - masked).abs().max().item()
+    if not difference <= _tolerance(masked):
+        raise ConversionError(f"{name}: skipping tokens gives logits {difference:.2g} from those of hiding them; its "
+                              "layers look at other tokens in ways that routing can't follow")
+    dense = length * (model.config.num_hidden_layers - len(model.mod_layers))
+    told = (dense + entries) * cache.entry_bytes
+    if stored != told:
+        raise ConversionError(f"{name}: its cache holds {stored} bytes where its config tells {told}; keys and values "
+                              "of other widths aren't known here")
 
 
 def _tolerance(logits: Tensor) -> float:

@@ -64,8 +64,11 @@ class RoutingCall:
         order: indices of the MoD layers, M of them.
         path: ``"gathered"`` (skips) or ``"masked"`` (computes all, hides; the reference).
         columns: places of the new tokens in the padded sequence, [T].
+        kernel: the attention implementation, "sdpa" or "eager".
         valid: False at padding, [B, T]; None when there is none.
         anchored: tokens that run whatever their score, [B, T]; None when there are none.
+        documents: which of a row's packed documents a token belongs to, [B, T]; None when a row is one document.
+        rule: "threshold", or "top-k" (a row's 1 - p of tokens with the highest scores; looks ahead: training only).
         scores, routed: gates and decisions per MoD layer index, [B, T] each, if ``record``.
     """
 
@@ -73,16 +76,20 @@ class RoutingCall:
     p: Tensor
     path: str
     columns: Tensor
+    kernel: str = "sdpa"
     order: tuple[int, ...] = ()
     valid: Tensor | None = None
     anchored: Tensor | None = None
+    documents: Tensor | None = None
+    rule: str = "threshold"
     record: bool = False
     scores: dict[int, Tensor] = field(default_factory=dict)
     routed: dict[int, Tensor] = field(default_factory=dict)
 
     def decide(self, layer: int, gate: Tensor) -> Tensor:
         """Which tokens run, [B, T] bool: g >= p (paper, threshold-p), anchors always, padding never."""
-        run = gate >= self.threshold(layer).to(gate.device)
+        threshold = self.threshold(layer).to(gate.device)
+        run = gate >= threshold if self.rule == "threshold" else top_share(gate, 1 - threshold)
         if self.anchored is not None:
             run = run | self.anchored.to(gate.device)
         if self.valid is not None:
@@ -99,6 +106,12 @@ class RoutingCall:
     def real(self, like: Tensor) -> Tensor:
         """True at real tokens, False at padding, [B, T] like ``like``."""
         return torch.ones_like(like) if self.valid is None else self.valid.to(like.device)
+
+
+def top_share(gate: Tensor, share: Tensor) -> Tensor:
+    """The rule of Mixture-of-Depths (arXiv 2404.02258): of each row [B, T], the ``share`` [B, 1] with top scores."""
+    place = gate.argsort(dim=1, descending=True).argsort(dim=1)
+    return place < (share * gate.shape[1]).round()
 
 
 def straight_through(logit: Tensor, p: Tensor) -> Tensor:

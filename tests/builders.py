@@ -14,22 +14,7 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from modification import MoDConfig, convert
 
@@ -56,41 +41,83 @@ _COMMON = {
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
 _SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
 
-VARIANTS: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig, _GROUPED),
-    "mistral": (MistralForCausalLM, MistralConfig, {**_GROUPED, "sliding_window": None}),
-    "mistral-window": (MistralForCausalLM, MistralConfig, {**_GROUPED, "sliding_window": WINDOW}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, _GROUPED),
-    "qwen2-window": (Qwen2ForCausalLM, Qwen2Config, {**_GROUPED, **_SLIDING}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**_GROUPED, "head_dim": 8}),
-    "gpt2": (
-        GPT2LMHeadModel, GPT2Config,
-        {
-            "vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": DEPTH, "n_head": 4, "n_inner": 48,
-            "n_positions": 256, "bos_token_id": 95, "eos_token_id": None, "pad_token_id": None,
-        },
-    ),
-    "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {**_COMMON, "use_parallel_residual": True}),
-    "gpt_neox-sequential": (GPTNeoXForCausalLM, GPTNeoXConfig, {**_COMMON, "use_parallel_residual": False}),
+_GPT2 = {
+    "vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": DEPTH, "n_head": 4, "n_positions": 256, "bos_token_id": 95,
+    "eos_token_id": None, "pad_token_id": None,
+}
+_KINDS = {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"], "sliding_window": WINDOW}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+_FALCON = {**{name: value for name, value in _COMMON.items() if name != "intermediate_size"}, "ffn_hidden_size": 48}
+
+# Variant -> model type and config. What a name says after its family is what the config changes.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _GROUPED),
+    "mistral": ("mistral", {**_GROUPED, "sliding_window": None}),
+    "mistral-window": ("mistral", {**_GROUPED, "sliding_window": WINDOW}),
+    "qwen2": ("qwen2", _GROUPED),
+    "qwen2-window": ("qwen2", {**_GROUPED, **_SLIDING}),
+    "qwen3": ("qwen3", {**_GROUPED, "head_dim": 8}),
+    "gemma2-window": ("gemma2", {**_GROUPED, **_KINDS, "head_dim": 8, "attn_logit_softcapping": 2.0,
+                                 "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 8}),
+    "gemma3_text-window": ("gemma3_text", {**_GROUPED, **_KINDS, "head_dim": 8, "query_pre_attn_scalar": 8}),
+    "phi3": ("phi3", _GROUPED),
+    "phi3-window": ("phi3", {**_GROUPED, "sliding_window": WINDOW}),
+    "olmo2": ("olmo2", _GROUPED),
+    "granite": ("granite", {**_GROUPED, "residual_multiplier": 0.6, "embedding_multiplier": 2.0,
+                            "attention_multiplier": 0.5, "logits_scaling": 2.0}),
+    "smollm3": ("smollm3", {**_GROUPED, "no_rope_layer_interval": 2}),
+    "starcoder2": ("starcoder2", {**_GROUPED, "sliding_window": None}),
+    "stablelm": ("stablelm", {**_GROUPED, "qk_layernorm": True, "partial_rotary_factor": 0.5}),
+    "stablelm-parallel": ("stablelm", {**_GROUPED, "use_parallel_residual": True, "use_qkv_bias": True}),
+    "cohere": ("cohere", {**_GROUPED, "use_qk_norm": True, "tie_word_embeddings": True, "logit_scale": 0.5}),
+    "falcon": ("falcon", _FALCON),
+    "falcon-new": ("falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-alibi": ("falcon", {**_FALCON, "alibi": True, "multi_query": False, "parallel_attn": False}),
+    "opt": ("opt", {**{name: value for name, value in _COMMON.items() if name != "intermediate_size"},
+                    "ffn_dim": 48, "word_embed_proj_dim": WIDTH, "dropout": 0.0}),
+    "bloom": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": DEPTH, "n_head": 4,
+                        "bos_token_id": 95, "eos_token_id": None, "pad_token_id": None}),
+    "gpt2": ("gpt2", {**_GPT2, "n_inner": 48}),
+    "gptj": ("gptj", {**_GPT2, "n_inner": 48, "rotary_dim": 4}),
+    "gpt_neox": ("gpt_neox", {**_COMMON, "use_parallel_residual": True}),
+    "gpt_neox-sequential": ("gpt_neox", {**_COMMON, "use_parallel_residual": False}),
+    "mixtral": ("mixtral", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", {**_GROUPED, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24,
+                                "mlp_only_layers": [1]}),
+    "qwen3_moe": ("qwen3_moe", {**_GROUPED, **_EXPERTS, "num_experts": 4, "head_dim": 8}),
+    "olmoe": ("olmoe", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 2.0}),
+}
+# Last modules of the attention and the MLP branch, where they are not those two themselves.
+BRANCH_ENDS = {
+    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "gemma3_text": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "opt": ("self_attn", "fc2"),
 }
 ALL = tuple(VARIANTS)
+# One attention kernel only; elsewhere sdpa and eager are the same function.
+EAGER_ONLY = ("gemma2-window", "bloom", "gptj")
 # One of each kind of cache and block: plain, windowed, absolute positions.
 FEW = ("llama", "mistral-window", "gpt2")
 
 
 def dense_model(
-    variant: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, kernel: str = "sdpa", **changes: Any
+    variant: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, kernel: str | None = None,
+    **changes: Any,
 ) -> Any:
     """A tiny random dense model, in eval mode, with weights large enough for attention to matter."""
     return copy.deepcopy(_dense(variant, seed, dtype, kernel, tuple(changes.items())))
 
 
 @functools.cache
-def _dense(variant: str, seed: int, dtype: torch.dtype, kernel: str, changes: tuple[tuple[str, Any], ...]) -> Any:
-    model_class, config_class, settings = VARIANTS[variant]
-    config = config_class(**{**settings, **dict(changes)})
-    config._attn_implementation = kernel
-    model = model_class(config)
+def _dense(
+    variant: str, seed: int, dtype: torch.dtype, kernel: str | None, changes: tuple[tuple[str, Any], ...]
+) -> Any:
+    model_type, settings = VARIANTS[variant]
+    config = AutoConfig.for_model(model_type, **{**settings, **dict(changes)})
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=kernel or ("eager" if variant in EAGER_ONLY else "sdpa")
+    )
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -239,14 +266,18 @@ def paper_hooks(dense: Any, mod: Any) -> Iterator[None]:
 
     def scale(index: int) -> Any:
         def hook(module: Any, args: Any, out: Any) -> Any:
-            return (out[0] * gates[index], *out[1:]) if isinstance(out, tuple) else out * gates[index]
+            whole = out[0] if isinstance(out, tuple) else out
+            added = args[1] if family.model_type == "bloom" else 0.0  # there the branch adds the residual itself
+            gate = gates[index].view(*whole.shape[:-1], 1)  # opt lays all tokens in one row
+            scaled = added + gate * (whole - added)
+            return (scaled, *out[1:]) if isinstance(out, tuple) else scaled
         return hook
 
     for index, router in zip(mod.mod_layers, routers(mod), strict=True):
         note = remember(index, copy.deepcopy(router))
         handles.append(layers[index].register_forward_pre_hook(note, with_kwargs=True))
-        handles.append(getattr(layers[index], family.attention).register_forward_hook(scale(index)))
-        handles.append(getattr(layers[index], family.mlp).register_forward_hook(scale(index)))
+        for end in BRANCH_ENDS.get(family.model_type, (family.attention, "mlp")):
+            handles.append(getattr(layers[index], end).register_forward_hook(scale(index)))
     try:
         yield
     finally:

@@ -6,77 +6,168 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from modification.architectures import ConversionError
-from modification.cli.shared import layers_of
+from modification.cli.shared import layers_of, numbers
 from modification.config import MoDConfig
-from modification.conversion.data import pack, read_documents
-from modification.conversion.recipes import AnyP
-from modification.conversion.train import train
+from modification.conversion import layers as choosing
+from modification.conversion.data import Text, pack, read_documents, token_ids
+from modification.conversion.recipes import RECIPES, Recipe, named
+from modification.conversion.sources import Reading, read_text
+from modification.conversion.train import Options, train
 from modification.loading import load, load_dense_or_mod
-from modification.measure.quality import sweep, table
+from modification.measure.evalharness import evaluate_tasks
+from modification.measure.quality import predictions
+from modification.measure.report import rows_of, table
 from modification.model import MoDModel
 
-_HELD_OUT = 128  # blocks, at most, unless asked for more
+_RANKED_BLOCKS = 16  # of the text, to choose layers by
 
 
 def add(commands: Any) -> None:
     """The parsers of this file's commands."""
-    convert = commands.add_parser("convert", help="convert a dense model and train it for every p")
+    convert = commands.add_parser(
+        "convert", help="convert a dense model by a recipe", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Convert a dense model by a recipe; OUT gets the model, report.json and a card.",
+    )
     convert.add_argument("parent", help="dense model: a folder or a Hub id")
     convert.add_argument("out", type=Path, help="folder for the MoD model, its report and its checkpoints")
-    convert.add_argument("--data", type=Path, required=True, help=".txt or .jsonl, optionally .xz or .gz")
-    convert.add_argument("--split", help="use only JSON lines whose `split` is this")
-    convert.add_argument("--tokens", type=int, default=3_000_000, help="training tokens (default: %(default)s)")
-    convert.add_argument("--layers", default="inner", help="inner, interleaved or indices like 1,3 (default: inner)")
-    convert.add_argument("--kv", default="evict", choices=["evict", "keep"], help="keys and values of skipped tokens")
-    convert.add_argument("--block", type=int, default=256, help="tokens per row (default: %(default)s)")
-    convert.add_argument("--batch", type=int, default=8, help="rows per step (default: %(default)s)")
-    convert.add_argument("--lr", type=float, help="peak learning rate (default: by model size)")
-    convert.add_argument("--held-out", type=int, help="blocks kept for the report (default: an eighth, at most 128)")
-    convert.add_argument("--bf16", action="store_true", help="mixed precision on a CPU that has bf16 units")
-    convert.add_argument("--seed", type=int, default=0)
-    convert.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
+    text = convert.add_argument_group("text")
+    text.add_argument(
+        "--data", action="append", required=True, metavar="SOURCE",
+        help=".txt, .jsonl (both optionally .xz or .gz), .parquet, hub:owner/name, or self (text that the parent "
+        "samples); may be given several times",
+    )
+    text.add_argument("--shares", help="of the training tokens, one for each --data, like 0.7,0.3 (default: alike)")
+    text.add_argument("--reweight", action="store_true", help="move the sources' weights towards those that lag behind")
+    text.add_argument("--split", help="use only rows whose `split` is this; of a hub data set, its split")
+    text.add_argument("--responses", action="store_true", help="learn what the assistant says alone")
+    text.add_argument("--held-out", type=int, help="blocks kept for the report (default: an eighth, at most 128)")
+    text.add_argument("--held-out-data", metavar="SOURCE", help="take them from here")
+    how = convert.add_argument_group("recipe")
+    how.add_argument("--recipe", default="any-p", choices=list(RECIPES), help="default: %(default)s")
+    how.add_argument("--tune", choices=["full", "lora", "router"], help="what is trained (default: full)")
+    how.add_argument("--lora-rank", type=int, help="default: 16")
+    how.add_argument("--keep-adapter", action="store_true", help="leave LoRA's change beside the model, unmerged")
+    how.add_argument(
+        "--layers", default="inner", help="inner, interleaved, indices like 1,3, auto:K or auto:K:rank (default: inner)"
+    )
+    how.add_argument("--kv", default="evict", choices=["evict", "keep"], help="keys and values of skipped tokens")
+    how.add_argument("--fixed-p", type=float, dest="p", help="train for this threshold alone")
+    how.add_argument("--teacher", help="another model of the same vocabulary to learn from (default: the parent)")
+    for weight in ("ce", "kl", "hidden", "penalty"):
+        how.add_argument(f"--{weight}", type=float, help=f"weight of the {_TERMS[weight]}")
+    how.add_argument("--path", choices=["masked", "gathered"], help="gathered skips in training too (default: masked)")
+    run = convert.add_argument_group("run")
+    run.add_argument("--tokens", type=int, help="training tokens (default: 3,000,000; calibrate: 8,192)")
+    run.add_argument("--block", type=int, help="tokens per row (default: 256)")
+    run.add_argument("--batch", type=int, help="rows per step, over all processes (default: 8)")
+    run.add_argument("--accumulate", type=int, help="parts that a step is done in (default: 1)")
+    run.add_argument("--lr", type=float, help="peak learning rate (default: by model size)")
+    run.add_argument("--router-lr", type=float, help="peak learning rate of the routers (default: 0.005)")
+    run.add_argument("--bf16", action="store_true", help="mixed precision on a CPU that has bf16 units")
+    run.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more work")
+    run.add_argument("--load-in-4bit", action="store_true", help="QLoRA: a 4-bit parent; with CUDA and --tune lora")
+    run.add_argument("--fsdp", default="", help="shard over processes, e.g. full_shard (with accelerate launch)")
+    run.add_argument("--save-steps", type=int, help="steps between checkpoints (default: by length, 20 to 200)")
+    run.add_argument("--report-to", default="", help="Trainer's trackers, like tensorboard,wandb (default: none)")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
     convert.set_defaults(run=_convert)
 
-    over = commands.add_parser("sweep", help="held-out loss and load over a grid of p")
+    over = commands.add_parser("sweep", help="held-out loss, load and savings over a grid of p")
     over.add_argument("model")
-    over.add_argument("--data", type=Path, required=True)
-    over.add_argument("--split", help="use only JSON lines whose `split` is this")
+    what = over.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path, help="text to measure on")
+    what.add_argument("--tasks", help="lm-eval tasks to run, like hellaswag,piqa (needs lm-eval)")
+    over.add_argument("--dense", help="dense parent to compare top tokens with (default: the model at p = 0)")
+    over.add_argument("--split", help="use only rows whose `split` is this")
     over.add_argument("--tokens", type=int, default=32_768)
     over.add_argument("--block", type=int, default=256)
+    over.add_argument("--p", default="0,0.5", help="thresholds for --tasks (default: %(default)s)")
+    over.add_argument("--limit", type=int, help="examples per task")
     over.set_defaults(run=_sweep)
 
 
+_TERMS = {
+    "ce": "next token's cross-entropy", "kl": "divergence from the teacher", "hidden": "distance of hidden states",
+    "penalty": "load's term",
+}
+
+
 def _convert(arguments: argparse.Namespace) -> None:
-    model, tokenizer = load_dense_or_mod(arguments.parent, dtype=torch.float32)
+    recipe = _recipe(arguments)
+    if arguments.keep_adapter and recipe.tune != "lora":
+        raise ValueError("--keep-adapter: only --tune lora makes an adapter")
+    reading = Reading(
+        tuple(arguments.data), tuple(numbers("--shares", arguments.shares, float)) if arguments.shares else None,
+        arguments.split, arguments.responses, arguments.held_out, arguments.held_out_data, arguments.reweight,
+    )
+    model, tokenizer = _parent(arguments, recipe)
+    text = read_text(reading, tokenizer, model, recipe.tokens, recipe.block, arguments.seed)
+    layers, ranking = _layers(arguments.layers, model, text)
+    config = MoDConfig(layers=layers, kv=arguments.kv)
+    teacher = load_dense_or_mod(arguments.teacher, dtype=torch.float32)[0] if arguments.teacher else None
+    options = Options(
+        resume=arguments.resume, keep_adapter=arguments.keep_adapter, save_steps=arguments.save_steps,
+        report_to=tuple(filter(None, arguments.report_to.split(","))), fsdp=arguments.fsdp,
+        facts={"parent": Path(arguments.parent).name if Path(arguments.parent).is_dir() else arguments.parent,
+               "layer_ranking": ranking},
+    )
+    print(f"{text.blocks.size:,} training tokens, {text.held_out.size:,} held out, {recipe.steps} steps", flush=True)
+    rows = train(model, tokenizer, config, recipe, text, arguments.out, options, teacher)
+    if rows:
+        print(table(rows, "the parent's"))
+        print(f"written to {arguments.out}")
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    given = {name: getattr(arguments, name) for name in (
+        "tune", "lora_rank", "p", "ce", "kl", "hidden", "penalty", "path", "tokens", "block", "batch", "accumulate",
+        "lr", "router_lr", "seed",
+    )}
+    flags = {name: getattr(arguments, name) or None for name in ("bf16", "checkpoint_activations")}
+    return named(arguments.recipe, **given, **flags)
+
+
+def _parent(arguments: argparse.Namespace, recipe: Recipe) -> tuple[PreTrainedModel, Any]:
+    quantization: Any = "4bit" if arguments.load_in_4bit else None
+    if quantization and recipe.tune != "lora":
+        raise ValueError("--load-in-4bit: 4-bit weights can't be trained; add --tune lora")
+    if quantization and not torch.cuda.is_available():
+        raise ValueError("--load-in-4bit: training on 4-bit weights needs CUDA, and there is none here")
+    model, tokenizer = load_dense_or_mod(
+        arguments.parent, dtype=None if quantization else torch.float32, quantization=quantization
+    )
     if isinstance(model, MoDModel):
         raise ConversionError(f"{arguments.parent} is a MoD model already: give its dense parent")
-    config = MoDConfig(layers=layers_of(arguments.layers), kv=arguments.kv)
-    recipe = AnyP(
-        tokens=arguments.tokens, block=arguments.block, batch=arguments.batch, lr=arguments.lr, bf16=arguments.bf16,
-        seed=arguments.seed,
-    )
-    if arguments.held_out is not None and arguments.held_out < 1:
-        raise ValueError(f"--held-out {arguments.held_out}: must be 1 block or more")
-    documents = read_documents(arguments.data, tokenizer, arguments.split)
-    wanted = arguments.tokens + (arguments.held_out or _HELD_OUT) * recipe.block
-    blocks = pack(documents, recipe.block, wanted)
-    count = arguments.held_out or min(_HELD_OUT, max(1, len(blocks) // 8))
-    if len(blocks) < 2 * count:
-        raise ValueError(
-            f"{arguments.data} holds {blocks.size} tokens: with {count} blocks of {recipe.block} held out, too few "
-            "are left to train on; give more text, or a smaller --held-out or --block"
-        )
-    held_out, blocks = blocks[:count], blocks[count:]
-    print(f"{blocks.size:,} training tokens, {held_out.size:,} held out, {recipe.steps} steps", flush=True)
-    rows = train(model, tokenizer, config, recipe, blocks, held_out, arguments.out, arguments.resume)
-    print(table(rows))
-    print(f"written to {arguments.out}")
+    return model, tokenizer
+
+
+def _layers(asked: str, model: Any, text: Text) -> tuple[Any, list[float] | None]:
+    """The MoD layers, and every layer's measure where they were chosen by one."""
+    if not asked.startswith("auto"):
+        return layers_of(asked), None
+    ids = token_ids(torch.from_numpy(text.blocks[:_RANKED_BLOCKS])).numpy().astype(np.int32)
+    chosen, measured = choosing.choose(model, asked, ids)
+    print("layers by measure, least first: " + ", ".join(
+        f"{at} ({measured[at]:.3g})" for at in sorted(range(len(measured)), key=measured.__getitem__)
+    ))
+    return chosen, measured
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
     model, tokenizer = load(arguments.model)
+    if arguments.tasks:
+        grid = numbers("--p", arguments.p, float)
+        print(evaluate_tasks(model, tokenizer, arguments.tasks.split(","), grid, arguments.limit))
+        return
     blocks = pack(read_documents(arguments.data, tokenizer, arguments.split), arguments.block, arguments.tokens)
-    print(table(sweep(model, blocks)))
+    reference = None
+    if arguments.dense:
+        dense, _ = load_dense_or_mod(arguments.dense)
+        reference = predictions(dense, blocks)
+    print(table(rows_of(model, blocks, reference=reference), "the parent's" if arguments.dense else "p = 0"))

@@ -1,17 +1,133 @@
-"""Make the dial true after training: an affine change of the routers' logits, folded into their weights."""
+"""Routers without training: fitted in closed form to the measured benefit of their layers; and the dial made true,
+by an affine change of the routers' logits that is folded into their weights."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from modification.layer import MoDLayer
 from modification.measure.quality import evaluate
+from modification.routing import Router
 
 _LEVELS = np.linspace(0.1, 0.9, 9)
+_RIDGE = 0.2  # of the features' mean square
+_SPREAD = 1.8  # standard deviation of fitted logits: that of a logistic distribution, whose load is 1 - p
+CALIBRATION_TOKENS = 8_192
+
+
+@torch.no_grad()
+def fit_routers(
+    model: Any, blocks: npt.NDArray[np.int32], rounds: int = 12, batch: int = 8, seed: int = 0
+) -> list[float]:
+    """Fit each router to the benefit of its layer, token by token: no training.
+
+    A randomised experiment: every token is skipped or run by chance in every MoD layer, half and half, and the
+    harm to its next-token distribution is measured, as KL divergence from the dense one, in nats. What skipping in
+    one layer adds to that harm, whatever happens in the others, is the layer's benefit for the token. Its
+    expectation, given what the router sees, is a ridge regression in closed form, and that is the router's logit.
+    Benefits are in one unit, so that the layers' scores compare; ``fit_dial`` then makes load 1 - p.
+
+    Args:
+        blocks: calibration text, [N, T] token ids; a few thousand tokens do.
+        rounds: experiments with each token.
+
+    Returns:
+        Each MoD layer's mean benefit, nats per token.
+    """
+    model.eval()
+    layers = model.family.decoder_layers(model)
+    routers = [layers[index].router for index in model.mod_layers]
+    sums = [_Regression(router.weight.shape[1]) for router in routers]
+    noise = torch.Generator().manual_seed(seed)
+    for start in range(0, len(blocks), batch):
+        ids = torch.from_numpy(blocks[start : start + batch].astype(np.int64)).to(model.device)
+        dense = F.log_softmax(model(input_ids=ids, p=0.0, use_cache=False).logits.float(), -1)
+        for _ in range(rounds):
+            with _by_chance(routers, noise) as seen:
+                out = model(input_ids=ids, p=0.5, use_cache=False, output_router_scores=True)
+            harm = (dense.exp() * (dense - F.log_softmax(out.logits.float(), -1))).sum(-1)
+            harm = harm - harm.mean()
+            for total, x, run in zip(sums, seen, out.routed, strict=True):
+                # Twice the harm with a sign: its mean over chance is harm(skipped) - harm(run).
+                total.add(x, torch.where(run, -2 * harm, 2 * harm))
+    for router, total in zip(routers, sums, strict=True):
+        total.solve(router)
+    _standardise(routers, sums)
+    return [total.mean_target for total in sums]
+
+
+@contextlib.contextmanager
+def _by_chance(routers: list[Router], noise: torch.Generator) -> Iterator[list[Tensor]]:
+    """Scores drawn evenly from (0, 1), whatever a router sees; yields what each saw, normalised, [B, T, D]."""
+    seen: list[Tensor] = []
+
+    def draw(router: Any, args: Any, logit: Tensor) -> Tensor:
+        seen.append(F.rms_norm(args[0].float(), args[0].shape[-1:]))
+        return torch.logit(torch.rand(logit.shape, generator=noise).to(logit.device), eps=1e-6)
+
+    handles = [router.register_forward_hook(draw) for router in routers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Regression:
+    """Ridge regression with an intercept from running sums of features [n, D] and targets [n], in float64."""
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.x, self.xx = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+        self.y, self.xy = 0.0, torch.zeros(width, dtype=torch.float64)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        x, y = x.flatten(0, -2).cpu().double(), y.flatten().cpu().double()
+        self.count += len(y)
+        self.x += x.sum(0)
+        self.xx += x.T @ x
+        self.y += y.sum().item()
+        self.xy += x.T @ y
+
+    @property
+    def mean_target(self) -> float:
+        return self.y / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        mean = self.x / self.count
+        return self.xx / self.count - mean[:, None] * mean
+
+    def solve(self, router: Router) -> None:
+        """Write the fitted weights into a router."""
+        mean, gram = self.x / self.count, self.covariance
+        gram = gram + _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        weight = torch.linalg.solve(gram, self.xy / self.count - mean * self.mean_target)
+        router.weight.copy_(weight[None])
+        router.bias.fill_(self.mean_target - float(mean @ weight))
+
+
+def _standardise(routers: list[Router], sums: list[_Regression]) -> None:
+    """Bring the pooled logits to mean 0 and a logistic distribution's spread; their order stays."""
+    means, variances = [], []
+    for router, total in zip(routers, sums, strict=True):
+        weight = router.weight[0].cpu().double()
+        means.append(float(weight @ (total.x / total.count)) + router.bias.item())
+        variances.append(float(weight @ total.covariance @ weight))
+    centre = float(np.mean(means))
+    spread = float(np.sqrt(np.mean(variances) + np.var(means)))
+    scale = _SPREAD / max(spread, 1e-9)
+    for router in routers:
+        router.weight.mul_(scale)
+        router.bias.sub_(centre).mul_(scale)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Text on disk -> packed blocks of token ids.
+"""Text -> documents of token ids -> packed blocks.
 
-Reads plain text and JSON lines, compressed or not. Boundary: knows tokenizers
-and files, nothing of models.
+Boundary: knows tokenizers and files, nothing of models. A token that is read but not learnt (a prompt's, where
+only responses are) is written as -1 - id in documents and blocks.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,20 +24,23 @@ from torch.utils.data import Dataset
 
 SEPARATOR = "<|endoftext|>"
 _OPEN_ROWS = 64  # blocks that are still being filled
+_Item = TypeVar("_Item")
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 
 
-def read_documents(path: str | Path, tokenizer: Any, split: str | None = None) -> Iterator[list[int]]:
+def read_documents(
+    path: str | Path, tokenizer: Any, split: str | None = None, responses: bool = False
+) -> Iterator[list[int]]:
     """Yield each document of a file as token ids, with its start and end marked.
 
-    ``.txt`` holds documents separated by ``<|endoftext|>``; ``.jsonl`` holds one
-    object a line: ``text``, or ``prompt`` and ``response``, or ``messages`` (the last
-    two go through the chat template). ``.xz`` and ``.gz`` on top are unpacked.
-    With ``split``, only JSON lines whose ``split`` field equals it are read.
+    ``.txt`` holds documents separated by ``<|endoftext|>``; ``.jsonl`` holds one object a line, ``.parquet`` one a
+    row: ``text``, or ``prompt`` and ``response``, or ``messages`` (the last two go through the chat template).
+    ``.xz`` and ``.gz`` on top of the first two are unpacked. With ``split``, only rows whose ``split`` field equals
+    it are read; with ``responses``, only what the assistant says is to be learnt.
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: another file type, or a line without the fields above.
+        ValueError: another file type, or a row without the fields above.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,15 +48,30 @@ def read_documents(path: str | Path, tokenizer: Any, split: str | None = None) -
     suffixes = [s for s in path.suffixes if s not in _OPENERS]
     kind = suffixes[-1] if suffixes else ""
     if kind == ".txt":
-        texts = _text_documents(path)
+        rows: Iterator[tuple[str, Any]] = _text_rows(path)
     elif kind == ".jsonl":
-        texts = _json_documents(path, tokenizer, split)
+        rows = _json_rows(path)
+    elif path.suffix == ".parquet":
+        rows = _parquet_rows(path)
     else:
-        raise ValueError(f"cannot read {path.name}: expected .txt or .jsonl, optionally with .xz or .gz")
-    for batch in _batches(_undamaged(path, texts), 256):
-        encoded = tokenizer([text for text, _ in batch], add_special_tokens=False)["input_ids"]
-        for ids, (_, framed) in zip(encoded, batch, strict=True):
-            yield ids if framed else _frame(ids, tokenizer)
+        raise ValueError(f"cannot read {path.name}: expected .txt or .jsonl, optionally with .xz or .gz, or .parquet")
+    yield from encode_rows(_undamaged(path, rows), tokenizer, split, responses)
+
+
+def encode_rows(
+    rows: Iterator[tuple[str, Any]], tokenizer: Any, split: str | None = None, responses: bool = False
+) -> Iterator[list[int]]:
+    """Documents of rows in the forms of ``read_documents``; each row comes with the place to blame for it."""
+    for batch in _batches(_kept(rows, tokenizer, split, responses), 256):
+        texts = [row for row in batch if isinstance(row, tuple)]
+        found = tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"] if texts else []
+        encoded = iter(found)
+        for row in batch:
+            if isinstance(row, list):
+                yield row
+            else:
+                ids = next(encoded)
+                yield ids if row[1] else _frame(ids, tokenizer)
 
 
 def pack(documents: Iterable[list[int]], block: int, max_tokens: int | None = None) -> npt.NDArray[np.int32]:
@@ -120,17 +139,48 @@ class Documents(Dataset[dict[str, torch.Tensor]]):
 
 
 class Blocks(Dataset[dict[str, torch.Tensor]]):
-    """Packed blocks as a training set: every token is also a label."""
+    """Packed blocks [N, T] as a training set: every token is also a label, unless it is written as not to be learnt.
 
-    def __init__(self, blocks: npt.NDArray[np.int32]) -> None:
-        self.blocks = blocks
+    Args:
+        sources: which source each block is from, [N]; with several sources, items say so.
+    """
+
+    def __init__(self, blocks: npt.NDArray[np.int32], sources: npt.NDArray[np.int64] | None = None) -> None:
+        self.blocks, self.sources = blocks, sources
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = torch.from_numpy(self.blocks[index].astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
+        written = torch.from_numpy(self.blocks[index].astype(np.int64))
+        item = {"input_ids": token_ids(written), "labels": written.masked_fill(written < 0, -100)}
+        if self.sources is not None:
+            item["source"] = torch.tensor(self.sources[index])
+        return item
+
+
+def token_ids(written: torch.Tensor) -> torch.Tensor:
+    """Token ids of a document or block, those not to be learnt included."""
+    return torch.where(written < 0, -1 - written, written)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What a run reads.
+
+    Attributes:
+        blocks: training text, [N, T] token ids.
+        held_out: text for the report, [N, T].
+        names: the sources' names.
+        sources: which source each block is from, [N]; None with one source.
+        reweight: move the sources' weights in the loss towards those where the model lags behind its parent.
+    """
+
+    blocks: npt.NDArray[np.int32]
+    held_out: npt.NDArray[np.int32]
+    names: tuple[str, ...] = ()
+    sources: npt.NDArray[np.int64] | None = None
+    reweight: bool = False
 
 
 def _open(path: Path) -> TextIO:
@@ -140,42 +190,107 @@ def _open(path: Path) -> TextIO:
     return io.TextIOWrapper(opener(path, "rb"), encoding="utf-8")
 
 
-def _text_documents(path: Path) -> Iterator[tuple[str, bool]]:
+def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with _open(path) as file:
-        for text in file.read().split(SEPARATOR):
+        for number, text in enumerate(file.read().split(SEPARATOR), 1):
             if text.strip():
-                yield text.strip(), False
+                yield f"{path.name}, document {number}", {"text": text.strip()}
 
 
-def _json_documents(path: Path, tokenizer: Any, split: str | None) -> Iterator[tuple[str, bool]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            if line.strip():
+                place = f"{path.name}, line {number}"
+                try:
+                    yield place, json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{place}: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ValueError(f"{path.name}: reading .parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        with ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    filled = {name: value for name, value in row.items() if value is not None}
+                    yield f"{path.name}, row {number}", filled
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path.name} is damaged or no Parquet file: {error}") from error
+
+
+def _kept(
+    rows: Iterator[tuple[str, Any]], tokenizer: Any, split: str | None, responses: bool
+) -> Iterator[tuple[str, bool] | list[int]]:
+    """Each row of the split as text and whether the chat template has framed it, or, for responses, as token ids."""
+    for place, row in rows:
+        try:
+            if not isinstance(row, dict):
+                raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+            if split is not None and row.get("split") != split:
                 continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"expected a JSON object, found {type(row).__name__}")
-                if split is None or row.get("split") == split:
-                    yield _render(row, tokenizer)
-            except ValueError as error:
-                raise ValueError(f"{path.name}, line {number}: {error}") from error
+            turns = _turns(row)
+            if turns is None:
+                yield _text(row, "text"), False
+            elif responses:
+                yield _answers(turns, tokenizer)
+            else:
+                yield _rendered(turns, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
 
 
-def _render(row: dict[str, Any], tokenizer: Any) -> tuple[str, bool]:
-    """The text of one JSON row, and whether the chat template has framed it."""
+def _turns(row: dict[str, Any]) -> list[dict[str, str]] | None:
+    """A row's chat messages; None if it is plain text."""
     if "text" in row:
-        return _text(row, "text"), False
+        return None
     if "prompt" in row and "response" in row:
         turns = [("user", _text(row, "prompt")), ("assistant", _text(row, "response"))]
     elif isinstance(row.get("messages"), list) and row["messages"]:
         turns = [(_text(message, "role"), _text(message, "content")) for message in row["messages"]]
     else:
         raise ValueError(f"expected 'text', or 'prompt' and 'response', or 'messages'; found {sorted(row)}")
+    return [{"role": role, "content": content.strip()} for role, content in turns]
+
+
+def _rendered(turns: list[dict[str, str]], tokenizer: Any) -> tuple[str, bool]:
     if not tokenizer.chat_template:
-        return "\n\n".join(content.strip() for _, content in turns), False
-    messages = [{"role": role, "content": content.strip()} for role, content in turns]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False)), True
+        return "\n\n".join(turn["content"] for turn in turns), False
+    return str(tokenizer.apply_chat_template(turns, tokenize=False)), True
+
+
+def _answers(turns: list[dict[str, str]], tokenizer: Any) -> list[int]:
+    """Token ids of a conversation, all but the assistant's turns written as not to be learnt."""
+    written: list[int] = []
+    before = ""
+    for at, turn in enumerate(turns):
+        whole, framed = _rendered(turns[: at + 1], tokenizer)
+        opening = before
+        if turn["role"] == "assistant" and framed:
+            opening = str(tokenizer.apply_chat_template(turns[:at], tokenize=False, add_generation_prompt=True))
+        elif turn["role"] == "assistant" and at:
+            opening = before + "\n\n"
+        if not whole.startswith(opening) or not opening.startswith(before):
+            raise ValueError("its chat template does not write a conversation turn by turn: train on all of it")
+        learnt = turn["role"] == "assistant"
+        written += [-1 - token for token in _encode(opening[len(before) :], tokenizer)]
+        written += [token if learnt else -1 - token for token in _encode(whole[len(opening) :], tokenizer)]
+        before = whole
+    if tokenizer.chat_template:
+        return written
+    framed_ids = _frame(written, tokenizer)
+    return framed_ids if tokenizer.bos_token_id is None else [-1 - framed_ids[0], *framed_ids[1:]]
+
+
+def _encode(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
 def _text(row: Any, field: str) -> str:
@@ -185,9 +300,9 @@ def _text(row: Any, field: str) -> str:
     return value
 
 
-def _undamaged(path: Path, texts: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+def _undamaged(path: Path, rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     try:
-        yield from texts
+        yield from rows
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} is damaged or not text: {error}") from error
 
@@ -198,6 +313,6 @@ def _frame(ids: list[int], tokenizer: Any) -> list[int]:
     return [*start, *ids, *end]
 
 
-def _batches(items: Iterator[tuple[str, bool]], size: int) -> Iterator[list[tuple[str, bool]]]:
+def _batches(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
     while batch := list(itertools.islice(items, size)):
         yield batch

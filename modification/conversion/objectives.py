@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,23 +11,21 @@ from torch import Tensor
 from modification.routing import straight_through
 
 _EPS = 1e-6
+Scores = Sequence[Tensor]  # gates or decisions per MoD layer, [B, T] each
 
 
-def draw_thresholds(batch: int, dense_share: float, p_range: tuple[float, float]) -> Tensor:
+def draw_thresholds(
+    batch: int, dense_share: float, p_range: tuple[float, float], generator: torch.Generator | None = None
+) -> Tensor:
     """One p per row, [B]: ``dense_share`` of the rows at 0, the rest one from each equal slice of the range."""
     routed = batch - int(batch * dense_share)
     low, high = p_range
-    spread = (torch.arange(routed) + torch.rand(routed)) / routed
+    spread = (torch.arange(routed) + torch.rand(routed, generator=generator)) / routed
     return torch.cat([torch.zeros(batch - routed), low + (high - low) * spread])
 
 
-def row_loads(scores: tuple[Tensor, ...], routed: tuple[Tensor, ...], p: Tensor) -> Tensor:
-    """Share of (MoD layer, token) pairs that ran, per row [B]; differentiable by straight-through gates.
-
-    Args:
-        scores, routed: gates and decisions per MoD layer, [B, T] each.
-        p: thresholds, [B].
-    """
+def row_loads(scores: Scores, routed: Scores, p: Tensor) -> Tensor:
+    """Share of (MoD layer, token) pairs that ran, per row [B]; differentiable by straight-through gates, p [B]."""
     threshold = p[:, None]
     gates = [run + straight_through(torch.logit(g, eps=_EPS), threshold) for g, run in zip(scores, routed, strict=True)]
     return torch.stack(gates).mean(dim=(0, 2))
@@ -36,14 +36,55 @@ def load_penalty(loads: Tensor, p: Tensor) -> Tensor:
     return (loads - (1 - p)).square().mean()
 
 
-def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Cross-entropy of each next token, nats, mean over [B, T-1]; logits [B, T, V]."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+def load_reducing(scores: Scores, routed: Scores) -> Tensor:
+    """The paper's R without its factor: sum over MoD layers of F_j G_j, F_j without gradient."""
+    return torch.stack([r.float().mean() * g.mean() for g, r in zip(scores, routed, strict=True)]).sum()
 
 
-def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) of next-token distributions, nats, mean over tokens; logits [B, T, V]."""
-    return F.kl_div(
-        F.log_softmax(student.flatten(0, -2).float(), -1), F.log_softmax(teacher.flatten(0, -2).float(), -1),
-        reduction="batchmean", log_target=True,
-    )
+def imitation(scores: Scores, chosen: Scores, p: Tensor) -> Tensor:
+    """Cross-entropy of "g >= p" against what was chosen, nats, mean over layers and tokens; p [B]."""
+    bias = torch.logit(p[:, None].float(), eps=_EPS)
+    return torch.stack([
+        F.binary_cross_entropy_with_logits(torch.logit(g, eps=_EPS) - bias, run.float())
+        for g, run in zip(scores, chosen, strict=True)
+    ]).mean()
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each next token, nats, mean over those labelled.
+
+    Args:
+        logits: [B, T, V].
+        labels: [B, T]; -100 where there is nothing to learn.
+        weights: of each row's tokens in the mean, [B].
+    """
+    kept = labels[:, 1:] != -100
+    nats = F.cross_entropy(logits[:, :-1][kept].float(), labels[:, 1:][kept], reduction="none")
+    return _mean(nats, kept, weights)
+
+
+def divergence(teacher: Tensor, student: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """KL(teacher || student) of next-token distributions, nats, mean as in ``next_token_loss``; logits [B, T, V]."""
+    kept = labels[:, 1:] != -100
+    ours, theirs = (F.log_softmax(logits[:, :-1][kept].float(), -1) for logits in (student, teacher))
+    return _mean((theirs.exp() * (theirs - ours)).sum(-1), kept, weights)
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each row's mean cross-entropy over its labelled tokens, nats, [B]."""
+    return torch.stack([next_token_loss(row[None], label[None]) for row, label in zip(logits, labels, strict=True)])
+
+
+def _mean(values: Tensor, kept: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return values.mean()
+    each = weights[:, None].expand(kept.shape)[kept]
+    return (values * each).sum() / each.sum()
+
+
+def hidden_distance(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+    """Mean over layers of |student - teacher|^2 / |teacher|^2; hidden states [B, T, D], the embedding's left out."""
+    return torch.stack([
+        (ours.float() - theirs.float()).square().sum() / theirs.float().square().sum()
+        for theirs, ours in zip(teacher[1:], student[1:], strict=True)
+    ]).mean()

@@ -1,183 +1,152 @@
-"""The conversion run: any-p training on transformers.Trainer, resumable, then calibration and report."""
+"""The conversion run: a recipe on transformers.Trainer, resumable, then calibration and report."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
-import math
+import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from modification.config import MoDConfig
-from modification.conversion.calibrate import fit_dial
-from modification.conversion.data import Blocks
-from modification.conversion.objectives import (
-    divergence,
-    draw_thresholds,
-    load_penalty,
-    next_token_loss,
-    row_loads,
+from modification.conversion.calibrate import CALIBRATION_TOKENS, fit_dial, fit_routers
+from modification.conversion.data import Blocks, Text
+from modification.conversion.objectives import next_token_loss
+from modification.conversion.recipes import Recipe
+from modification.conversion.trainer import (
+    ConversionTrainer,
+    Mixing,
+    ProgressBar,
+    SaveAndStop,
+    Steering,
+    asked_to_end,
 )
-from modification.conversion.recipes import AnyP, default_lr
-from modification.measure.quality import Quality, sweep
+from modification.conversion.tune import prepare
+from modification.measure import report as reporting
+from modification.measure.quality import predictions
 from modification.model import convert
 
-CALIBRATION_TOKENS = 8_192
+LOG, RUN, REPORT, CHECKPOINTS = "log.jsonl", "run.json", "report.json", "checkpoints"
 
 
-class AnyPTrainer(Trainer):
-    """transformers.Trainer with the any-p objective; ``load`` beside ``loss`` in its log."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a run does beside its recipe.
 
-    def __init__(self, recipe: AnyP, teacher: nn.Module, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.recipe, self.teacher = recipe, teacher.to(self.args.device)
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
+    Attributes:
+        resume: go on from the last checkpoint.
+        keep_adapter: leave LoRA's change beside the model instead of merging it.
+        report_to: Trainer's trackers, as it names them.
+        save_steps: steps between checkpoints; None: a tenth of the run, 20 to 200.
+        fsdp: shard over processes as Trainer does, e.g. "full_shard".
+        facts: more for the report.
+    """
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        recipe, ids = self.recipe, inputs["input_ids"]
-        p = draw_thresholds(len(ids), recipe.dense_share, recipe.p_range).to(ids.device)
-        out = model(input_ids=ids, p=p, use_cache=False, output_router_scores=True, routing="masked")
-        with torch.no_grad():
-            parent = self.teacher(input_ids=ids, use_cache=False).logits
-        loads = row_loads(out.router_scores, out.routed, p)
-        parts = {
-            "cross_entropy": next_token_loss(out.logits, ids),
-            "kl": divergence(parent, out.logits),
-            "load_penalty": load_penalty(loads, p),
-        }
-        layers = torch.stack([run.float().mean() for run in out.routed])
-        self._note({
-            **parts, "load": loads.mean(), "load_error": (loads - (1 - p)).abs().mean(), "layer_loads": layers,
-        })
-        loss = recipe.ce * parts["cross_entropy"] + recipe.kl * parts["kl"] + recipe.penalty * parts["load_penalty"]
-        return (loss, out) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._count and "loss" in logs:
-            means: dict[str, Any] = {name: (total / self._count).tolist() for name, total in self._sums.items()}
-            logs = {**logs, **means}
-            self._sums, self._count = {}, 0
-        super().log(logs, *args, **kwargs)
-
-    def _note(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
-        self._count += 1
-
-
-class ProgressBar(TrainerCallback):
-    """A bar with loss, load and time left, and one JSON line per log entry in ``log.jsonl``."""
-
-    def __init__(self, log: Path) -> None:
-        self.log, self.bar = log, tqdm(disable=True)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        drop_redone(self.log, state.global_step)
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="convert")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "load" in logs:
-            self.bar.set_postfix(loss=f"{logs['cross_entropy']:.3f}", load=f"{logs['load']:.2f}")
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
-class SaveAndStop(TrainerCallback):
-    """Once asked, writes a checkpoint after the step under way and ends the training."""
-
-    def __init__(self, asked: threading.Event) -> None:
-        self.asked = asked
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked.is_set():
-            control.should_save = control.should_training_stop = True
-
-
-@contextlib.contextmanager
-def asked_to_end() -> Iterator[threading.Event]:
-    """An event that is set when the process is told to terminate; it does not end by itself meanwhile."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # where signals can't be caught
-        yield asked
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    resume: bool = False
+    keep_adapter: bool = False
+    report_to: Sequence[str] = ()
+    save_steps: int | None = None
+    fsdp: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def train(
-    model: PreTrainedModel, tokenizer: Any, config: MoDConfig, recipe: AnyP,
-    blocks: npt.NDArray[np.int32], held_out: npt.NDArray[np.int32], out: Path, resume: bool = False,
-) -> list[Quality]:
-    """Convert a dense model, train it for every p, calibrate, and write it with a report to ``out``.
+    model: PreTrainedModel, tokenizer: Any, config: MoDConfig, recipe: Recipe, text: Text, out: Path,
+    options: Options | None = None, teacher: nn.Module | None = None,
+) -> list[reporting.Row]:
+    """Convert a dense model by a recipe, calibrate it, and write it with a report to ``out``.
 
     Checkpoints go to ``out/checkpoints`` and are removed once the model is written. Returns the sweep
-    over eleven p's on ``held_out`` [N, T].
+    over eleven p's on the held-out text.
+
+    Args:
+        teacher: another model of the same vocabulary to learn from; the dense parent by default.
 
     Raises:
-        ValueError: too little text for one batch, or a resumed run's settings differ from those it began with.
+        ValueError: too little text for one batch, a teacher of another vocabulary, or a resumed run's settings
+            differ from those it began with.
         InterruptedError: the process was told to terminate; a checkpoint holds what was done.
         FileExistsError: ``out`` holds a finished conversion, or an unfinished one and ``resume`` is not set.
+        OSError: ``out`` can't be written, or the disk has no room for the checkpoints.
     """
-    if len(blocks) < recipe.batch:
-        raise ValueError(f"the text gives {len(blocks)} blocks of {recipe.block} tokens, fewer than a batch of "
+    options = options or Options()
+    if recipe.steps and len(text.blocks) < recipe.batch:
+        raise ValueError(f"the text gives {len(text.blocks)} blocks of {recipe.block} tokens, fewer than a batch of "
                          f"{recipe.batch}: give more text, or a smaller batch or block")
-    if (out / "report.json").exists():
-        raise FileExistsError(f"{out} holds a finished conversion: choose another folder, or remove it first")
-    checkpoints = out / "checkpoints"
-    last = last_checkpoint(checkpoints)
-    if last and not resume:
-        raise FileExistsError(f"{out} holds an unfinished conversion: add --resume to go on, or remove the folder")
-    out.mkdir(parents=True, exist_ok=True)
-    _check_same_run(out / "run.json", recipe, config, blocks, resumed=last is not None)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    last = _claim(out, options.resume)
+    _check_room(out, model)
+    config = dataclasses.replace(config, gate=recipe.gate)
+    _check_same_run(out / RUN, recipe, config, text, resumed=last is not None)
+    if teacher is None and (recipe.kl or recipe.hidden) and recipe.steps:
+        teacher = copy.deepcopy(model)
+    _check_teacher(teacher, model)
     torch.manual_seed(recipe.seed)
+    model.eval()
+    parent = predictions(model, text.held_out), _dense_loss(model, text.held_out)
     convert(model, config)
-    trainer = _trainer(model, teacher, recipe, blocks, out)
     began = time.monotonic()
-    with asked_to_end() as asked:
-        trainer.add_callback(SaveAndStop(asked))
-        trainer.train(resume_from_checkpoint=last)
-    if asked.is_set():
-        raise InterruptedError(f"stopped at step {trainer.state.global_step} of {recipe.steps}: --resume goes on")
+    finish = prepare(model, recipe)
+    benefits = None
+    if recipe.fit:
+        benefits = fit_routers(model, _calibration(text.blocks, recipe.tokens))
+    else:
+        _run(model, teacher, recipe, text, out, options, last)
     seconds = time.monotonic() - began
-    scale, shift = fit_dial(model, blocks[: max(1, CALIBRATION_TOKENS // blocks.shape[1])])
-    rows = sweep(model, held_out)
+    if int(os.environ.get("RANK", "0")):  # the first process writes
+        return []
+    scale, shift = fit_dial(model, _calibration(text.blocks, CALIBRATION_TOKENS))
+    finish(out if options.keep_adapter else None)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    report = {
-        "recipe": "any-p", **dataclasses.asdict(recipe), "mod": config.to_dict(), "seconds_this_run": round(seconds, 1),
-        "resumed": last is not None, "calibration": {"scale": scale, "shift": shift},
-        "held_out_tokens": int(held_out.size), "sweep": [dataclasses.asdict(row) for row in rows],
+    facts = {
+        "mod": config.to_dict(), "seconds_this_run": round(seconds, 1), "resumed": last is not None,
+        "calibration": {"scale": scale, "shift": shift}, "benefits": benefits, "sources": list(text.names),
+        **options.facts,
     }
-    (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    rows = _report(model, tokenizer, recipe, text, out, facts, parent)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return rows
+
+
+def _report(
+    model: Any, tokenizer: Any, recipe: Recipe, text: Text, out: Path, facts: dict[str, Any],
+    parent: tuple[npt.NDArray[np.int32], float],
+) -> list[reporting.Row]:
+    """Measure the converted model and write report.json and README.md."""
+    model.eval()
+    rows = reporting.rows_of(model, text.held_out, reference=parent[0])
+    settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "name"}
+    report = {
+        "recipe": recipe.name, **settings, **facts, "parent_loss": parent[1],
+        "held_out_tokens": int(text.held_out.size), "sweep": reporting.record(rows),
+        "retrieval": reporting.retrieval(model, tokenizer, text.held_out),
+        "samples": reporting.samples(model, tokenizer, text.held_out),
+    }
+    card = reporting.card(report, rows, out.name, str(facts.get("parent", "a dense model")))
+    (out / "README.md").write_text(card, encoding="utf-8")
+    (out / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")  # last: it says that all is there
+    return rows
+
+
+@torch.no_grad()
+def _dense_loss(model: Any, blocks: npt.NDArray[np.int32]) -> float:
+    """Cross-entropy of a dense model, nats per token, mean over blocks."""
+    losses = []
+    for row in blocks:
+        ids = torch.from_numpy(row.astype(np.int64))[None].to(model.device)
+        losses.append(next_token_loss(model(input_ids=ids, use_cache=False).logits, ids).item())
+    return float(np.mean(losses))
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -190,11 +159,53 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _check_same_run(
-    path: Path, recipe: AnyP, config: MoDConfig, blocks: npt.NDArray[np.int32], resumed: bool
-) -> None:
+def _claim(out: Path, resume: bool) -> str | None:
+    """Take the folder for this run; the checkpoint to go on from, if any."""
+    if (out / REPORT).exists():
+        raise FileExistsError(f"{out} holds a finished conversion: choose another folder, or remove it first")
+    last = last_checkpoint(out / CHECKPOINTS)
+    if last and not resume:
+        raise FileExistsError(f"{out} holds an unfinished conversion: add --resume to go on, or remove the folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"{out} can't be written: {error.strerror or error}") from error
+    return last
+
+
+def _check_room(out: Path, model: PreTrainedModel) -> None:
+    """Three checkpoints of weights and Adam's moments may lie there at a time, and the model itself."""
+    weights = sum(weight.numel() * 4 for weight in model.parameters())
+    wanted, free = (3 * 3 + 1) * weights, shutil.disk_usage(out).free
+    if free < wanted:
+        raise OSError(f"{out} has {free / 1e9:.1f} GB free and checkpoints may take {wanted / 1e9:.1f} GB (estimated): "
+                      "make room, or choose a folder on another disk")
+
+
+def _check_teacher(teacher: Any, model: PreTrainedModel) -> None:
+    if teacher is None:
+        return
+    theirs, ours = teacher.config.vocab_size, model.config.vocab_size
+    if theirs != ours:
+        raise ValueError(f"the teacher has {theirs} tokens and the parent {ours}: KL needs one vocabulary")
+    teacher.eval().requires_grad_(False)
+
+
+def _calibration(blocks: npt.NDArray[np.int32], tokens: int) -> npt.NDArray[np.int32]:
+    """The first blocks, all their tokens as ids."""
+    chosen = blocks[: max(1, tokens // blocks.shape[1])]
+    return np.where(chosen < 0, -1 - chosen, chosen).astype(np.int32)
+
+
+def _check_same_run(path: Path, recipe: Recipe, config: MoDConfig, text: Text, resumed: bool) -> None:
     """A resumed run must be the one that was started: same recipe, settings and text."""
-    run = {**dataclasses.asdict(recipe), **config.to_dict(), "training_tokens": int(blocks.size)}
+    run = {
+        **dataclasses.asdict(recipe), **config.to_dict(), "training_tokens": int(text.blocks.size),
+        "sources": list(text.names),
+    }
     run = json.loads(json.dumps(run))
     if resumed and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -204,44 +215,46 @@ def _check_same_run(
     path.write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 
+def _run(
+    model: PreTrainedModel, teacher: nn.Module | None, recipe: Recipe, text: Text, out: Path, options: Options,
+    last: str | None,
+) -> None:
+    trainer = _trainer(model, teacher, recipe, text, out, options)
+    with asked_to_end() as asked:
+        trainer.add_callback(SaveAndStop(asked))
+        trainer.train(resume_from_checkpoint=last)
+    if asked.is_set():
+        raise InterruptedError(f"stopped at step {trainer.state.global_step} of {recipe.steps}: --resume goes on")
+
+
 def _trainer(
-    model: PreTrainedModel, teacher: nn.Module, recipe: AnyP, blocks: npt.NDArray[np.int32], out: Path
-) -> AnyPTrainer:
-    cuda = torch.cuda.is_available()
+    model: PreTrainedModel, teacher: nn.Module | None, recipe: Recipe, text: Text, out: Path, options: Options
+) -> ConversionTrainer:
+    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1"))
+    parts = recipe.accumulate * world
+    if recipe.batch % parts:
+        raise ValueError(f"a batch of {recipe.batch} rows can't be split over {world} processes and "
+                         f"{recipe.accumulate} parts: choose another --batch")
     arguments = TrainingArguments(
-        output_dir=str(out / "checkpoints"), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch,
-        use_cpu=not cuda, bf16=cuda or recipe.bf16, save_steps=max(20, min(200, recipe.steps // 10)),
-        save_total_limit=2, logging_steps=10, report_to="none", disable_tqdm=True, remove_unused_columns=False,
-        seed=recipe.seed, dataloader_drop_last=True,
+        output_dir=str(out / CHECKPOINTS), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch // parts,
+        gradient_accumulation_steps=recipe.accumulate,
+        use_cpu=not cuda, bf16=cuda or recipe.bf16,
+        save_steps=options.save_steps or max(20, min(200, recipe.steps // 10)), save_total_limit=2, logging_steps=10,
+        report_to=list(options.report_to) or "none", disable_tqdm=True, remove_unused_columns=False, seed=recipe.seed,
+        dataloader_drop_last=True, restore_callback_states_from_checkpoint=True, ddp_find_unused_parameters=False,
+        fsdp=options.fsdp or None, **({"activation_checkpointing": True} if recipe.checkpoint_activations else {}),
     )
-    optimizer = _optimizer(model, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, recipe))
-    trainer = AnyPTrainer(
-        recipe, teacher, model=model, args=arguments, train_dataset=Blocks(blocks), optimizers=(optimizer, schedule),
-        callbacks=[ProgressBar(out / "log.jsonl")],
+    mixing = _mixing(text)
+    callbacks = [ProgressBar(out / LOG), Steering(recipe.penalty), *([mixing] if mixing else [])]
+    trainer = ConversionTrainer(
+        recipe, teacher, model=model, args=arguments, train_dataset=Blocks(text.blocks, text.sources),
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _optimizer(model: PreTrainedModel, recipe: AnyP) -> torch.optim.Optimizer:
-    routers = [p for n, p in model.named_parameters() if ".router." in n]
-    weights = [p for n, p in model.named_parameters() if ".router." not in n]
-    lr = recipe.lr or default_lr(sum(p.numel() for p in weights))
-    groups = [{"params": weights, "lr": lr}, {"params": routers, "lr": recipe.router_lr}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-
-
-def drop_redone(log: Path, step: int) -> None:
-    """Forget log lines of steps after ``step``, which a resumed run does again."""
-    if log.is_file():
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
-
-
-def _cosine(step: int, recipe: AnyP) -> float:
-    warmup = max(1, int(recipe.steps * recipe.warmup))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, recipe.steps - warmup)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+def _mixing(text: Text) -> Mixing | None:
+    if not text.reweight or text.sources is None:
+        return None
+    return Mixing([float((text.sources == at).mean()) for at in range(len(text.names))])

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from modification.architectures import entry_width, head_width
 from modification.trace import Step
 
 
@@ -61,14 +62,14 @@ class ModelShape:
         weights = sum(part.in_features * part.out_features for part in linear) or sum(
             p.numel() for n, p in layer.named_parameters() if p.dim() == 2 and not n.startswith("router.")
         )
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        weights += _expert_weights(config, layer)
+        entry = entry_width(config)
         return cls(
             depth=config.num_hidden_layers, mod_layers=tuple(mod_layers), layer_weights=weights,
-            head_weights=config.vocab_size * config.hidden_size, attention_width=heads * width,
-            router_weights=config.hidden_size, keep=keep, kv_weights=2 * config.hidden_size * kv_heads * width,
-            entry_width=2 * kv_heads * width,
+            head_weights=config.vocab_size * config.hidden_size,
+            attention_width=config.num_attention_heads * head_width(config),
+            router_weights=config.hidden_size, keep=keep, kv_weights=config.hidden_size * entry,
+            entry_width=entry,
         )
 
     def prefill_flops(self, tokens: int, ran: Sequence[int] | None = None) -> int:
@@ -100,6 +101,15 @@ class ModelShape:
             routers = 4 * self.router_weights * len(self.mod_layers)  # float32
         layers = int(runs.any(1).sum()) * (self.layer_weights * itemsize if layer_bytes is None else layer_bytes)
         return layers + itemsize * (self.head_weights + int((entries * runs).sum()) * self.entry_width) + routers
+
+
+def _expert_weights(config: Any, layer: Any) -> int:
+    """Weights of the experts that one token meets in a mixture-of-experts layer; they come stacked, [E, ., .]."""
+    stacked: list[Any] = [p for p in layer.parameters() if p.dim() == 3]
+    if not stacked:
+        return 0
+    each: int = sum(p.numel() // len(p) for p in stacked)
+    return each * int(config.num_experts_per_tok)
 
 
 @dataclass(slots=True)

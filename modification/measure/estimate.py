@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from modification.architectures import PREFIX
 from modification.config import LayerRule, MoDConfig
 from modification.executor.base import CHUNK
 from modification.loading import HUB_ID, first_line
 from modification.measure.cost import ModelShape, layer_flops
 from modification.measure.presets import preset
-from modification.model import PREFIX
 from modification.storage import SPARE
 
 

@@ -26,6 +26,7 @@ class Quality:
         load: share of (MoD layer, token) pairs that ran.
         layer_loads: load of each MoD layer.
         tokens: tokens scored.
+        agreement: share of tokens whose likeliest next token is the reference's; None without one.
     """
 
     p: float
@@ -34,34 +35,52 @@ class Quality:
     load: float
     layer_loads: tuple[float, ...]
     tokens: int
+    agreement: float | None = None
 
 
 @torch.no_grad()
-def evaluate(model: Any, blocks: npt.NDArray[np.int32], p: float, batch: int = 8) -> Quality:
-    """Loss and load of ``model`` at threshold ``p`` over blocks [N, T] of token ids."""
+def evaluate(
+    model: Any, blocks: npt.NDArray[np.int32], p: float, batch: int = 8, reference: npt.NDArray[np.int32] | None = None
+) -> Quality:
+    """Loss and load of ``model`` at threshold ``p`` over blocks [N, T] of token ids.
+
+    Args:
+        reference: likeliest next tokens to agree with, [N, T], as ``predictions`` gives them.
+    """
     losses: list[float] = []
     ran = torch.zeros(len(model.mod_layers))
-    for ids in _batches(blocks, batch, model.device):
+    agreed = 0
+    for at, ids in enumerate(_batches(blocks, batch, model.device)):
         out = model(input_ids=ids, p=p, use_cache=False, output_router_scores=True)
         nats = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         losses.extend(nats.view(len(ids), -1).mean(1).tolist())
         ran += torch.stack([routed.sum() for routed in out.routed]).float().cpu()
+        if reference is not None:
+            own = out.logits.argmax(-1).cpu().numpy()
+            agreed += int((own == reference[at * batch : at * batch + len(own)]).sum())
     loads = ran / blocks.size
     error = float(np.std(losses) / math.sqrt(len(losses)))
-    return Quality(p, float(np.mean(losses)), error, loads.mean().item(), tuple(loads.tolist()), blocks.size)
+    agreement = None if reference is None else agreed / blocks.size
+    return Quality(p, float(np.mean(losses)), error, loads.mean().item(), tuple(loads.tolist()), blocks.size, agreement)
 
 
-def sweep(model: Any, blocks: npt.NDArray[np.int32], grid: Iterable[float] = GRID) -> list[Quality]:
+@torch.no_grad()
+def predictions(model: Any, blocks: npt.NDArray[np.int32], batch: int = 8, **call: Any) -> npt.NDArray[np.int32]:
+    """The likeliest next token after each token of blocks [N, T]; a MoD model is asked at ``p=...``."""
+    found = [
+        model(input_ids=ids, use_cache=False, **call).logits.argmax(-1).cpu().numpy()
+        for ids in _batches(blocks, batch, model.device)
+    ]
+    return np.concatenate(found).astype(np.int32)
+
+
+def sweep(
+    model: Any, blocks: npt.NDArray[np.int32], grid: Iterable[float] = GRID,
+    reference: npt.NDArray[np.int32] | None = None,
+) -> list[Quality]:
     """``evaluate`` at every p of a grid."""
     model.eval()
-    return [evaluate(model, blocks, p) for p in grid]
-
-
-def table(rows: Iterable[Quality]) -> str:
-    """A Markdown table of a sweep."""
-    lines = ["| p | load of MoD layers (measured) | loss, nats/token (measured) |", "|---|---|---|"]
-    lines += [f"| {row.p:g} | {row.load:.3f} | {row.loss:.3f} ± {row.error:.3f} |" for row in rows]
-    return "\n".join(lines)
+    return [evaluate(model, blocks, p, reference=reference) for p in grid]
 
 
 def _batches(blocks: npt.NDArray[np.int32], size: int, device: torch.device) -> Iterator[torch.Tensor]:

@@ -39,11 +39,16 @@ class Point:
 def point(model: Any, blocks: npt.NDArray[np.int32], p: float) -> Point:
     """Evaluate a MoD model at ``p`` over blocks [N, T] of token ids."""
     quality = evaluate(model, blocks, p)
-    shape, width = ModelShape.of(model), blocks.shape[1]
+    return Point(quality, *shares(model, quality, blocks.shape[1]), _speed(model, blocks, p))
+
+
+def shares(model: Any, quality: Quality, width: int) -> tuple[float, float]:
+    """KV stored and FLOPs of a prompt of ``width`` tokens, as shares of the dense parent's; counted."""
+    shape = ModelShape.of(model)
     dense_layers = shape.depth - len(shape.mod_layers)
     kv = 1.0 if shape.keep else (dense_layers + sum(quality.layer_loads)) / shape.depth
     ran = [round(load * width) for load in quality.layer_loads]
-    return Point(quality, kv, shape.prefill_flops(width, ran) / shape.prefill_flops(width), _speed(model, blocks, p))
+    return kv, shape.prefill_flops(width, ran) / shape.prefill_flops(width)
 
 
 def largest_within(points: Sequence[Point], dense_loss: float, share: float) -> Point | None:
