@@ -134,7 +134,8 @@ def conversion_sentence(progress: Any) -> str:
     if progress.ended:
         return progress.ended if progress.failed else f"{progress.ended}, in {duration(progress.seconds)}."
     if not progress.log:
-        return f"Reading the text and the model … {duration(progress.seconds)}"
+        doing = "Reading the text and the model" if progress.steps else "Fitting the routers"
+        return f"{doing} … {duration(progress.seconds)}"
     last = progress.log[-1]
     left = "" if progress.left is None else f", about {duration(progress.left)} left (estimated)"
     return (

@@ -28,9 +28,9 @@ from app.service import Request
 from app.service.library import Loaded
 from app.service.runs import record
 from modification import MoDConfig, load
-from modification.conversion.data import pack, read_documents
-from modification.conversion.recipes import AnyP
-from modification.conversion.train import train
+from modification.conversion.data import Text, pack, read_documents
+from modification.conversion.recipes import Recipe
+from modification.conversion.train import Options, train
 from modification.measure.cost import ModelShape
 from modification.measure.quality import evaluate, sweep
 
@@ -59,12 +59,13 @@ def make_pair(text: Path, name: str, work: Path, parent_tokens: int, mod_tokens:
 
 def _convert(text: Path, parent: Path, tokenizer: Any, held_out: np.ndarray, out: Path, tokens: int) -> None:
     bf16 = torch.cpu._is_avx512_bf16_supported()
-    recipe = AnyP(tokens=tokens, block=512, batch=4, lr=1e-3, bf16=bf16)
+    recipe = Recipe(tokens=tokens, block=512, batch=4, lr=1e-3, bf16=bf16)
     documents = list(read_documents(text, tokenizer, "train"))
     np.random.default_rng(1).shuffle(documents)
     blocks = pack(documents, recipe.block, tokens)
     model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
-    train(model, tokenizer, MoDConfig(layers="inner"), recipe, blocks, held_out, out, resume=True)
+    options = Options(resume=True, facts={"parent": parent.name})
+    train(model, tokenizer, MoDConfig(layers="inner"), recipe, Text(blocks, held_out), out, options)
 
 
 def _ship(model: Any, tokenizer: Any, folder: Path) -> None:

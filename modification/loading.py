@@ -15,6 +15,7 @@ from modification.architectures import FAMILIES, PREFIX, structured
 from modification.config import MoDConfig
 from modification.model import MoDModel, convert, register_family
 
+ADAPTER = "adapter"  # folder within a model's that holds a low-rank change of its weights
 Quantization = Literal["4bit", "8bit"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _LOCAL_PREFIXES = (".", "/", "~")
@@ -88,10 +89,26 @@ def load_dense_or_mod(
             f"{path_or_hub_id} lacks {len(missing)} of the model's weights, {missing[0]} among them: the files are "
             "incomplete, or of another model"
         )
+    _put_on_adapter(model, source)
     model.eval()
     if quantization is not None:
         _try_quantized(model, quantization)
     return model, tokenizer
+
+
+def _put_on_adapter(model: Any, source: str) -> None:
+    """A low-rank change that a conversion left beside the parent's weights, in a local folder."""
+    folder = Path(source) / ADAPTER
+    if not folder.is_dir():
+        return
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise LoadError(f"{folder} holds no adapter_model.safetensors; other formats are not read")
+    try:
+        model.load_adapter(str(folder))
+    except ImportError:
+        raise LoadError(f"{folder} holds an adapter, and reading it needs peft: pip install peft") from None
+    except Exception as error:
+        raise LoadError(f"{folder} could not be read: {first_line(error)}") from error
 
 
 def _try_quantized(model: Any, quantization: str) -> None:

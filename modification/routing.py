@@ -5,7 +5,7 @@ Boundary: tensors in, tensors out; knows neither layers nor caches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -51,12 +51,11 @@ class Router(nn.Module):
         return torch.nan_to_num(logit, nan=OPEN, posinf=OPEN, neginf=-OPEN)
 
 
-@dataclass(slots=True, eq=False)
 class RoutingCall:
     """What one forward call asks of its MoD layers, and what they report back.
 
     It travels through the stock model as a keyword argument, so that p, masks and records belong
-    to the call and never to the model.
+    to the call and never to the model. No dataclass: FSDP copies those, and casts their tensors.
 
     Attributes:
         config: the model's MoD settings.
@@ -72,19 +71,16 @@ class RoutingCall:
         scores, routed: gates and decisions per MoD layer index, [B, T] each, if ``record``.
     """
 
-    config: MoDConfig
-    p: Tensor
-    path: str
-    columns: Tensor
-    kernel: str = "sdpa"
-    order: tuple[int, ...] = ()
-    valid: Tensor | None = None
-    anchored: Tensor | None = None
-    documents: Tensor | None = None
-    rule: str = "threshold"
-    record: bool = False
-    scores: dict[int, Tensor] = field(default_factory=dict)
-    routed: dict[int, Tensor] = field(default_factory=dict)
+    def __init__(
+        self, config: MoDConfig, p: Tensor, path: str, columns: Tensor, kernel: str = "sdpa",
+        order: tuple[int, ...] = (), valid: Tensor | None = None, anchored: Tensor | None = None,
+        rule: str = "threshold", record: bool = False,
+    ) -> None:
+        self.config, self.p, self.path, self.columns, self.kernel = config, p, path, columns, kernel
+        self.order, self.valid, self.anchored, self.rule, self.record = order, valid, anchored, rule, record
+        self.documents: Tensor | None = None
+        self.scores: dict[int, Tensor] = {}
+        self.routed: dict[int, Tensor] = {}
 
     def decide(self, layer: int, gate: Tensor) -> Tensor:
         """Which tokens run, [B, T] bool: g >= p (paper, threshold-p), anchors always, padding never."""

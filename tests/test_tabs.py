@@ -188,7 +188,7 @@ def test_a_conversion_shows_progress_and_offers_the_model():
     going = SimpleNamespace(steps=20, log=(record,), seconds=5.0, left=5.0, ended="", failed=False)
     done = SimpleNamespace(steps=20, log=(record,), seconds=9.0, left=0.0, ended="Converted: out", failed=False)
     shown = list(convert._convert(FakeService(convert=closing([going, done])))(
-        "p", "name", "data", "inner", 5000, 16, 8, False))
+        "p", "name", "data", "any-p", "full", "inner", 5000, 16, 8, False))
     assert "Step 10 of 20: loss 2.500 nats/token, load 60% (measured), about 5 s left (estimated)" in shown[1][0]
     assert shown[-1][3] == "name"
     assert shown[-1][2]["visible"]

@@ -15,14 +15,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from app.errors import UserError
 from modification import MoDModel
-from modification.conversion.train import drop_redone, last_checkpoint
+from modification.conversion.calibrate import CALIBRATION_TOKENS
+from modification.conversion.recipes import RECIPES, Tune
+from modification.conversion.train import last_checkpoint
+from modification.conversion.trainer import drop_redone
 from modification.loading import load_dense_or_mod, resolve
 from modification.measure.memory import available_bytes, weight_bytes
 
@@ -31,6 +34,7 @@ _POLL = 0.5
 _PATIENCE = 5.0  # seconds
 _GRACE = 60.0  # seconds for a step and a checkpoint
 _PASSES = 4.0  # a training step's work over one forward pass: student forward and twice that backward, teacher forward
+_FITTING = 31.0  # forward passes over the calibration text: 13 to fit routers, 18 to make the dial true
 _COPIES = 5  # float32 numbers per weight: student, teacher, gradient and Adam's two moments
 
 
@@ -42,6 +46,8 @@ class Plan:
     name: str
     data: str
     layers: str = "inner"
+    recipe: str = "any-p"
+    tune: str = "full"
     tokens: int = 300_000
     block: int = 256
     batch: int = 8
@@ -51,14 +57,21 @@ class Plan:
         """The same conversion on the command line."""
         words = [
             "-m", "modification", "convert", self.parent, str(out), "--data", self.data, "--layers", self.layers,
-            "--tokens", str(self.tokens), "--block", str(self.block), "--batch", str(self.batch),
+            "--recipe", self.recipe, "--block", str(self.block), "--batch", str(self.batch),
         ]
+        if not self.fits:
+            words += ["--tune", self.tune, "--tokens", str(self.tokens)]
         return [*words, "--resume"] if self.resume else words
+
+    @property
+    def fits(self) -> bool:
+        """Whether routers are fitted, without training."""
+        return RECIPES[self.recipe].fit
 
     @property
     def steps(self) -> int:
         """Optimiser steps."""
-        return self.tokens // (self.block * self.batch)
+        return 0 if self.fits else self.tokens // (self.block * self.batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +116,7 @@ class Conversions:
         self.check(plan)
         try:
             source, free = resolve(plan.parent), available_bytes()
-            least = _COPIES * weight_bytes(source, torch.float32)
+            least = (1 if plan.fits else _COPIES) * weight_bytes(source, torch.float32)
             if least > free:
                 raise UserError(
                     f"Training {plan.parent} takes at least {least / 1e9:.1f} GB (estimated) and "
@@ -125,8 +138,9 @@ class Conversions:
         config: Any = model.config
         logits = 3 * 4 * plan.batch * plan.block * config.vocab_size
         hidden = 4 * 20 * plan.batch * plan.block * config.hidden_size * config.num_hidden_layers
-        taken = 4.0 * count * _COPIES + logits + hidden
-        return float(np.median(times)) * _PASSES * plan.steps, taken, available_bytes()
+        passes = _PASSES * plan.steps + (_FITTING * CALIBRATION_TOKENS / ids.numel() if plan.fits else 0)
+        taken = 4.0 * count * (1 if plan.fits else _COPIES) + logits + hidden
+        return float(np.median(times)) * passes, taken, available_bytes()
 
     def check(self, plan: Plan) -> Path:
         """The folder that the plan writes to.
@@ -139,9 +153,11 @@ class Conversions:
                 f"{plan.name!r} is no name for a model folder: use letters, digits, dots, dashes and underscores, "
                 "at most 64."
             )
+        if plan.recipe not in RECIPES or plan.tune not in get_args(Tune):
+            raise UserError(f"There is no recipe {plan.recipe} with {plan.tune} tuning: choose from the lists.")
         if plan.parent.startswith("-"):
             raise UserError(f"{plan.parent} is neither a folder here nor a Hub id of the form owner/name.")
-        if plan.steps < 10:
+        if not plan.fits and plan.steps < 10:
             raise UserError(
                 f"{plan.tokens:,} tokens are {plan.steps} steps of {plan.block * plan.batch:,}: give at least "
                 f"{10 * plan.block * plan.batch:,}."
@@ -209,7 +225,7 @@ def _progress(plan: Plan, out: Path, began: float, fresh: int) -> Progress:
     left = None
     if len(log) > fresh:
         done = log[-1]["step"] - (log[fresh - 1]["step"] if fresh else 0)
-        left = seconds / done * (plan.steps - log[-1]["step"])
+        left = seconds / max(1, done) * (plan.steps - log[-1]["step"])
     return Progress(plan.steps, tuple(log), seconds, left)
 
 

@@ -22,7 +22,16 @@ OPENING = (
     "Choose a dense model and a text, and estimate first. Keep the page open: leaving it cancels, and the last "
     "checkpoint stays."
 )
-RECIPE = "**any-p**: one set of weights for every p, so that load is about 1 - p. All weights are trained."
+# How each recipe and way of tuning reads in the lists.
+RECIPES = [
+    ("any-p: one set of weights for every p", "any-p"),
+    ("fixed-p: for p = 0.5 alone", "fixed-p"),
+    ("calibrate: no training, routers fitted in a minute", "calibrate"),
+    ("paper: MoDification as published", "paper"),
+    ("paper-controlled: its load steered to 1 - p", "paper-controlled"),
+    ("top-k: the rule of Mixture-of-Depths", "top-k"),
+]
+TUNES = [("All weights", "full"), ("A low-rank change (LoRA)", "lora"), ("Routers alone", "router")]
 
 
 class Convert:
@@ -45,8 +54,8 @@ class Convert:
                 self.plot = gr.Plot(show_label=False, elem_id="convert-plot", visible=False)
                 self.open = gr.Button("Open in Explore", visible=False, elem_id="convert-open")
         self.settings = {
-            "parent": self.parent, "name": self.name, "data": self.data, "layers": self.layers, "tokens": self.tokens,
-            "block": self.block, "batch": self.batch,
+            "parent": self.parent, "name": self.name, "data": self.data, "recipe": self.recipe, "tune": self.tune,
+            "layers": self.layers, "tokens": self.tokens, "block": self.block, "batch": self.batch,
         }
         self._wire(service)
 
@@ -59,12 +68,13 @@ class Convert:
         self.name = gr.Textbox(label="Name of the MoD model", value="my-model-MoD", elem_id="convert-name")
         self.data = gr.Textbox(
             label="Text", placeholder="/path/to/text.jsonl", elem_id="convert-data",
-            info="A path: .txt, or .jsonl with text, prompt and response, or messages; .gz and .xz too",
+            info="A path: .txt, or .jsonl or .parquet with text, prompt and response, or messages; .gz and .xz too",
         )
-        self.file = gr.UploadButton("Upload a text", file_types=[".txt", ".jsonl", ".gz", ".xz"], size="sm")
-        gr.Markdown(RECIPE)
+        self.file = gr.UploadButton("Upload a text", file_types=[".txt", ".jsonl", ".gz", ".xz", ".parquet"], size="sm")
+        self.recipe = gr.Dropdown(RECIPES, value="any-p", label="Recipe", elem_id="convert-recipe")
+        self.tune = gr.Dropdown(TUNES, value="full", label="What is trained", elem_id="convert-tune")
         self.layers = gr.Textbox(
-            label="MoD layers", value="inner", info="inner, interleaved, or indices like 1,3,5",
+            label="MoD layers", value="inner", info="inner, interleaved, indices like 1,3,5, or auto:K for the K that matter least",
             elem_id="convert-layers",
         )
         self.tokens = gr.Number(
@@ -81,7 +91,8 @@ class Convert:
 
     def _wire(self, service: Service) -> None:
         inputs = [
-            self.parent, self.name, self.data, self.layers, self.tokens, self.block, self.batch, self.resume
+            self.parent, self.name, self.data, self.recipe, self.tune, self.layers, self.tokens, self.block,
+            self.batch, self.resume,
         ]
         private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         run = self.go.click(
@@ -97,10 +108,11 @@ class Convert:
 
 
 def _plan(
-    parent: str | None, name: str, data: str, layers: str, tokens: float, block: float, batch: float, resume: bool
+    parent: str | None, name: str, data: str, recipe: str, tune: str, layers: str, tokens: float, block: float,
+    batch: float, resume: bool,
 ) -> Plan:
     return Plan(
-        (parent or "").strip(), name.strip(), data.strip(), layers.strip() or "inner", int(tokens or 0),
+        (parent or "").strip(), name.strip(), data.strip(), layers.strip() or "inner", recipe, tune, int(tokens or 0),
         max(1, int(block or 1)), max(1, int(batch or 1)), resume,
     )
 

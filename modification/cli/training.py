@@ -71,7 +71,7 @@ def add(commands: Any) -> None:
     run.add_argument("--bf16", action="store_true", help="mixed precision on a CPU that has bf16 units")
     run.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more work")
     run.add_argument("--load-in-4bit", action="store_true", help="QLoRA: a 4-bit parent; with CUDA and --tune lora")
-    run.add_argument("--fsdp", default="", help="shard over processes, e.g. full_shard (with accelerate launch)")
+    run.add_argument("--fsdp", action="store_true", help="shard the model over processes (with accelerate launch)")
     run.add_argument("--save-steps", type=int, help="steps between checkpoints (default: by length, 20 to 200)")
     run.add_argument("--report-to", default="", help="Trainer's trackers, like tensorboard,wandb (default: none)")
     run.add_argument("--seed", type=int, default=0)

@@ -49,7 +49,7 @@ class Options:
         keep_adapter: leave LoRA's change beside the model instead of merging it.
         report_to: Trainer's trackers, as it names them.
         save_steps: steps between checkpoints; None: a tenth of the run, 20 to 200.
-        fsdp: shard over processes as Trainer does, e.g. "full_shard".
+        fsdp: shard the model over processes (FSDP2), layer by layer.
         facts: more for the report.
     """
 
@@ -57,7 +57,7 @@ class Options:
     keep_adapter: bool = False
     report_to: Sequence[str] = ()
     save_steps: int | None = None
-    fsdp: str = ""
+    fsdp: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -97,33 +97,37 @@ def train(
     convert(model, config)
     began = time.monotonic()
     finish = prepare(model, recipe)
-    benefits = None
+    benefits, spread = None, "NO"
     if recipe.fit:
         benefits = fit_routers(model, _calibration(text.blocks, recipe.tokens))
     else:
-        _run(model, teacher, recipe, text, out, options, last)
+        model, spread = _run(model, teacher, recipe, text, out, options, last)
     seconds = time.monotonic() - began
     if int(os.environ.get("RANK", "0")):  # the first process writes
         return []
     scale, shift = fit_dial(model, _calibration(text.blocks, CALIBRATION_TOKENS))
+    facts = {
+        "mod": config.to_dict(), "seconds_this_run": round(seconds, 1), "resumed": last is not None,
+        "calibration": {"scale": scale, "shift": shift}, "benefits": benefits,
+        "distributed": spread, "sources": list(text.names),
+        **options.facts,
+    }
+    rows, report = _report(model, tokenizer, recipe, text, facts, parent)
     finish(out if options.keep_adapter else None)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    facts = {
-        "mod": config.to_dict(), "seconds_this_run": round(seconds, 1), "resumed": last is not None,
-        "calibration": {"scale": scale, "shift": shift}, "benefits": benefits, "sources": list(text.names),
-        **options.facts,
-    }
-    rows = _report(model, tokenizer, recipe, text, out, facts, parent)
+    card = reporting.card(report, rows, out.name, str(options.facts.get("parent", "a dense model")))
+    (out / "README.md").write_text(card, encoding="utf-8")
+    (out / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")  # last: it says that all is there
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return rows
 
 
 def _report(
-    model: Any, tokenizer: Any, recipe: Recipe, text: Text, out: Path, facts: dict[str, Any],
+    model: Any, tokenizer: Any, recipe: Recipe, text: Text, facts: dict[str, Any],
     parent: tuple[npt.NDArray[np.int32], float],
-) -> list[reporting.Row]:
-    """Measure the converted model and write report.json and README.md."""
+) -> tuple[list[reporting.Row], dict[str, Any]]:
+    """Measure the converted model: its table, and what report.json says."""
     model.eval()
     rows = reporting.rows_of(model, text.held_out, reference=parent[0])
     settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "name"}
@@ -133,10 +137,7 @@ def _report(
         "retrieval": reporting.retrieval(model, tokenizer, text.held_out),
         "samples": reporting.samples(model, tokenizer, text.held_out),
     }
-    card = reporting.card(report, rows, out.name, str(facts.get("parent", "a dense model")))
-    (out / "README.md").write_text(card, encoding="utf-8")
-    (out / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")  # last: it says that all is there
-    return rows
+    return rows, report
 
 
 @torch.no_grad()
@@ -218,19 +219,30 @@ def _check_same_run(path: Path, recipe: Recipe, config: MoDConfig, text: Text, r
 def _run(
     model: PreTrainedModel, teacher: nn.Module | None, recipe: Recipe, text: Text, out: Path, options: Options,
     last: str | None,
-) -> None:
+) -> tuple[PreTrainedModel, str]:
+    """Train; the trained model, whole again where it was sharded, and how it was spread over processes."""
     trainer = _trainer(model, teacher, recipe, text, out, options)
     with asked_to_end() as asked:
         trainer.add_callback(SaveAndStop(asked))
         trainer.train(resume_from_checkpoint=last)
     if asked.is_set():
         raise InterruptedError(f"stopped at step {trainer.state.global_step} of {recipe.steps}: --resume goes on")
+    spread = trainer.accelerator.distributed_type.value
+    if not options.fsdp:
+        return model, spread
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes take part
+    whole = type(model)(model.config)
+    if trainer.is_world_process_zero():
+        whole.load_state_dict(weights)
+    return whole, spread
 
 
 def _trainer(
     model: PreTrainedModel, teacher: nn.Module | None, recipe: Recipe, text: Text, out: Path, options: Options
 ) -> ConversionTrainer:
     cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1"))
+    if options.fsdp and (world == 1 or not cuda):
+        raise ValueError("FSDP needs several processes (accelerate launch), each with an accelerator of its own")
     parts = recipe.accumulate * world
     if recipe.batch % parts:
         raise ValueError(f"a batch of {recipe.batch} rows can't be split over {world} processes and "
@@ -242,8 +254,10 @@ def _trainer(
         save_steps=options.save_steps or max(20, min(200, recipe.steps // 10)), save_total_limit=2, logging_steps=10,
         report_to=list(options.report_to) or "none", disable_tqdm=True, remove_unused_columns=False, seed=recipe.seed,
         dataloader_drop_last=True, restore_callback_states_from_checkpoint=True, ddp_find_unused_parameters=False,
-        fsdp=options.fsdp or None, **({"activation_checkpointing": True} if recipe.checkpoint_activations else {}),
+        fsdp=options.fsdp or None, fsdp_config=_sharding(model) if options.fsdp else None,
     )
+    if recipe.checkpoint_activations:
+        model.gradient_checkpointing_enable()
     mixing = _mixing(text)
     callbacks = [ProgressBar(out / LOG), Steering(recipe.penalty), *([mixing] if mixing else [])]
     trainer = ConversionTrainer(
@@ -252,6 +266,11 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _sharding(model: PreTrainedModel) -> dict[str, Any]:
+    """Every decoder layer, routed or not, is one piece."""
+    return {"version": 2, "transformer_layer_cls_to_wrap": sorted(set(model._no_split_modules or ()))}
 
 
 def _mixing(text: Text) -> Mixing | None:

@@ -130,8 +130,8 @@ class ConversionTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._count and "loss" in logs:
-            means: dict[str, Any] = {name: (total / self._count).tolist() for name, total in self._sums.items()}
-            logs = {**logs, **means}
+            mean = {name: self.accelerator.reduce(total / self._count, "mean") for name, total in self._sums.items()}
+            logs = {**logs, **{name: value.tolist() for name, value in mean.items()}}
             self._sums, self._count = {}, 0
         super().log(logs, *args, **kwargs)
 

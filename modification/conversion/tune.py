@@ -11,9 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modification.conversion.recipes import Recipe, default_lr
-
-ADAPTER = "adapter"  # folder beside the model's files that holds a kept adapter
-
+from modification.loading import ADAPTER
 
 def prepare(model: PreTrainedModel, recipe: Recipe) -> Callable[[Path | None], None]:
     """Fix what a recipe does not train, and put its adapters in.

@@ -1,0 +1,302 @@
+"""Every recipe and way of tuning does what it says: on tiny models, end to end, and term by term."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from builders import assert_close, dense_model, mod_model, routers, tiny_tokenizer, tokens
+
+from modification import MoDConfig, convert, load
+from modification.conversion import layers as choosing
+from modification.conversion.calibrate import fit_dial, fit_routers
+from modification.conversion.data import Text
+from modification.conversion.objectives import (
+    hidden_distance,
+    imitation,
+    load_reducing,
+    next_token_loss,
+    row_losses,
+)
+from modification.conversion.recipes import RECIPES, Recipe, default_lr, named
+from modification.conversion.train import Options, train
+from modification.conversion.trainer import Mixing, Steering
+from modification.measure.quality import evaluate, predictions
+from modification.measure.report import record, rows_of, table
+from modification.routing import top_share
+
+SMALL = {"tokens": 8 * 4 * 16, "block": 16, "batch": 4, "lr": 2e-3}
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    """Learnable text: 24 blocks of 16 tokens, short cycles from a few letters."""
+    noise = np.random.default_rng(0)
+    return np.stack([np.resize(noise.integers(0, 40, 5), 16) for _ in range(24)]).astype(np.int32)
+
+
+def run(recipe, blocks, out, variant="llama", **options):
+    """One conversion of a tiny parent; the model, its rows and its report."""
+    model = dense_model(variant)
+    with torch.enable_grad():
+        rows = train(model, tiny_tokenizer(), MoDConfig(), recipe, Text(blocks, blocks[:4]), out, Options(**options))
+    return model, rows, json.loads((out / "report.json").read_text())
+
+
+# The table
+
+
+def test_the_table_names_its_recipes():
+    assert all(recipe.name == name for name, recipe in RECIPES.items())
+    assert {"any-p", "paper", "paper-controlled", "top-k", "calibrate"} <= set(RECIPES)
+    assert named("paper").p == 0.5
+    assert named("any-p", tokens=4096, lr=None).tokens == 4096
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tune": "half"}, "tune='half': expected one of full, lora, router"),
+        ({"load": "soft"}, "load='soft'"), ({"accumulate": 3}, "accumulate=3: a batch of 8"),
+        ({"p": 1.0}, "p=1.0"), ({"kl": -1.0}, "kl=-1.0"), ({"p_range": (0.5, 0.2)}, "p_range"),
+        ({"lr": 2.0}, "lr=2.0"), ({"lora_rank": 0}, "lora_rank=0"),
+    ],
+)
+def test_a_recipe_out_of_bounds_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**values)
+
+
+def test_an_unknown_recipe_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'magic': expected one of any-p"):
+        named("magic")
+
+
+def test_adapters_learn_faster_than_large_models():
+    assert default_lr(10**9, "lora") > default_lr(10**9)
+
+
+# Each recipe, end to end
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_gives_a_model_a_report_and_a_card(name, blocks, tmp_path):
+    """Loaded again it says the same; the report has eleven p's with all that is promised."""
+    recipe = named(name, **({} if RECIPES[name].fit else SMALL))
+    model, rows, report = run(recipe, blocks, tmp_path / name, facts={"parent": "tiny"})
+    again, _ = load(tmp_path / name)
+    assert again.mod_config.gate == recipe.gate
+    ids = tokens(2)
+    assert_close(again(ids, p=0.5).logits, model.eval()(ids, p=0.5).logits)
+    assert report["recipe"] == name
+    assert len(report["sweep"]) == len(rows) == 11
+    for row in report["sweep"]:
+        assert {"p", "loss", "error", "load", "layer_loads", "agreement", "kv", "compute"} <= set(row)
+    assert [sample["p"] for sample in report["samples"]] == [0.0, 0.5, 0.8]
+    card = (tmp_path / name / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers")
+    assert "base_model: tiny" in card
+    assert table(rows, "the parent's") in card
+
+
+def test_the_paper_s_load_term_by_hand():
+    """Sum over layers of the share that ran times the mean gate; only gates get a gradient."""
+    scores = (torch.tensor([[0.2, 0.8]], requires_grad=True), torch.tensor([[0.4, 0.6]], requires_grad=True))
+    routed = (torch.tensor([[False, True]]), torch.tensor([[True, True]]))
+    with torch.enable_grad():
+        value = load_reducing(scores, routed)
+        value.backward()
+    assert value.item() == pytest.approx(0.5 * 0.5 + 1.0 * 0.5)
+    assert scores[0].grad.tolist() == [[0.25, 0.25]]
+    assert scores[1].grad.tolist() == [[0.5, 0.5]]
+
+
+def test_top_k_runs_the_share_with_the_highest_scores():
+    """Each row its own share; 1 - p of the tokens."""
+    gate = torch.tensor([[0.9, 0.1, 0.5, 0.7], [0.2, 0.3, 0.1, 0.4]])
+    run = top_share(gate, torch.tensor([[0.5], [0.25]]))
+    assert run.tolist() == [[True, False, False, True], [False, False, False, True]]
+    model, ids = mod_model("llama", MoDConfig(anchors=0)), tokens(3, 16)
+    out = model(ids, p=0.75, rule="top-k", routing="masked", output_router_scores=True)
+    assert all((routed.sum(1) == 4).all() for routed in out.routed)
+    with pytest.raises(ValueError, match="rule='most'"):
+        model(ids, rule="most")
+
+
+def test_routers_that_say_what_top_k_chose_imitate_it_well():
+    """Scores on the right side of p cost little, on the wrong side much."""
+    p, chosen = torch.tensor([0.5]), (torch.tensor([[True, False]]),)
+    right, wrong = imitation((torch.tensor([[0.9, 0.1]]),), chosen, p), imitation((torch.tensor([[0.1, 0.9]]),), chosen, p)
+    assert right.item() == pytest.approx(-np.log(0.9), abs=1e-4)
+    assert wrong.item() == pytest.approx(-np.log(0.1), abs=1e-4)
+
+
+def test_steering_raises_its_factor_while_the_load_is_too_high():
+    """And lets it turn negative when the load has fallen too far; bounded both ways, and kept by checkpoints."""
+    steering = Steering(0.01)
+    for _ in range(10):
+        steering.move(0.5)
+    assert steering.alpha == pytest.approx(0.11)
+    for _ in range(10_000):
+        steering.move(-0.5)
+    assert steering.alpha == -1.0
+    assert Steering(**steering.state()["args"]).alpha == -1.0
+
+
+def test_hidden_distance_by_hand():
+    """Per layer relative to the teacher's size; the embedding is left out."""
+    teacher, student = [torch.ones(1, 2, 3)] * 3, [torch.zeros(1, 2, 3), torch.ones(1, 2, 3), 1.5 * torch.ones(1, 2, 3)]
+    assert hidden_distance(teacher, student).item() == pytest.approx(0.125)
+
+
+# What is trained
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items() if ".router." not in name}
+
+
+def test_router_tuning_leaves_every_parent_weight_untouched(blocks, tmp_path):
+    """Bit for bit; the routers have moved."""
+    parent = weights_of(dense_model("llama"))
+    model, _, _ = run(named("any-p", tune="router", **SMALL), blocks, tmp_path / "out")
+    assert all(torch.equal(parent[name], value) for name, value in weights_of(model).items())
+    torch.manual_seed(0)
+    fresh = convert(dense_model("llama"))
+    moved = [not torch.equal(a.weight, b.weight) for a, b in zip(routers(model), routers(fresh), strict=True)]
+    assert all(moved)
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt2"])
+def test_lora_is_merged_into_stock_weights(variant, blocks, tmp_path):
+    """The same parameter names as the parent's, with low-rank changes of projections alone."""
+    parent = weights_of(dense_model(variant))
+    model, _, _ = run(named("any-p", tune="lora", lora_rank=2, **SMALL), blocks, tmp_path / "out", variant)
+    assert set(weights_of(model)) == set(parent)
+    changed = {name for name, value in weights_of(model).items() if not torch.equal(value, parent[name])}
+    assert changed
+    assert all(parent[name].dim() == 2 for name in changed)
+    name = next(iter(changed))
+    assert torch.linalg.matrix_rank(weights_of(model)[name] - parent[name], rtol=1e-3) <= 2
+
+
+def test_a_kept_adapter_lies_beside_an_untouched_parent_and_is_put_on_when_loaded(blocks, tmp_path):
+    """The files hold the parent's weights; what loads is the tuned model."""
+    out, parent = tmp_path / "out", weights_of(dense_model("llama"))
+    model, rows, _ = run(named("any-p", tune="lora", **SMALL), blocks, out, keep_adapter=True)
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert all(torch.equal(parent[name], value) for name, value in weights_of(model).items())
+    again, _ = load(out)
+    assert evaluate(again, blocks[:4], 0.5).loss == pytest.approx(rows[5].quality.loss, abs=1e-5)
+    assert evaluate(model.eval(), blocks[:4], 0.5).loss != pytest.approx(rows[5].quality.loss, abs=1e-5)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(blocks, tmp_path):
+    with torch.enable_grad(), pytest.raises(ValueError, match="the teacher has 50 tokens and the parent 97"):
+        train(
+            dense_model("llama"), tiny_tokenizer(), MoDConfig(), named("any-p", **SMALL), Text(blocks, blocks[:4]),
+            tmp_path / "out", None, dense_model("llama", vocab_size=50, bos_token_id=1),
+        )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden": 0.5}, {"paired": True}, {"paired": True, "hidden": 0.5}, {"path": "gathered"},
+                {"accumulate": 2}, {"checkpoint_activations": True}],
+)
+def test_options_of_a_recipe_train(changes, blocks, tmp_path):
+    """Losses are finite, logged and fall."""
+    _, rows, _ = run(named("any-p", **{**SMALL, "tokens": 24 * 4 * 16}, **changes), blocks, tmp_path / "out")
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(float(entry["loss"])) for entry in log)
+    assert log[-1]["cross_entropy"] < log[0]["cross_entropy"]
+    assert ("hidden_distance" in log[0]) == ("hidden" in changes)
+
+
+def test_checkpointed_activations_change_no_weight(blocks, tmp_path):
+    """Recomputing gives what keeping gives, for models that hand no keywords to their layers too."""
+    for variant in ("llama", "bloom"):
+        models = [
+            run(named("any-p", **SMALL, **change), blocks, tmp_path / f"{variant}{at}", variant)[0]
+            for at, change in enumerate(({}, {"checkpoint_activations": True}))
+        ]
+        for ours, theirs in zip(*(model.state_dict().values() for model in models), strict=True):
+            assert_close(ours, theirs)
+
+
+# Without training
+
+
+def test_fitted_routers_run_the_tokens_that_need_their_layers():
+    """At half load, closed-form routers lose less than scattered ones; the benefit of each layer is told."""
+    model = mod_model("llama", seed=3)
+    text = np.random.default_rng(1).integers(0, 95, (48, 16)).astype(np.int32)
+    dense = predictions(model, text, p=0.0)
+    fit_dial(model, text[:24])
+    before = evaluate(model, text[24:], 0.5, reference=dense[24:])
+    benefits = fit_routers(model, text[:24])
+    fit_dial(model, text[:24])
+    after = evaluate(model, text[24:], 0.5, reference=dense[24:])
+    assert len(benefits) == 3
+    assert all(benefit > 0 for benefit in benefits)
+    assert after.load == pytest.approx(before.load, abs=0.12)
+    assert after.agreement > before.agreement
+
+
+# Layers chosen by measure
+
+
+def test_the_layer_that_does_nothing_is_chosen_first(blocks):
+    """A layer whose outputs are zero turns no hidden state."""
+    model = dense_model("llama")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.model.layers[2].get_submodule(name).weight.zero_()
+    measured = choosing.influence(model, blocks)
+    assert measured[2] == pytest.approx(0, abs=1e-5)
+    assert min(measured[at] for at in (0, 1, 3, 4)) > 0.01
+    assert choosing.choose(model, "auto:1", blocks) == ((2,), measured)
+    chosen, ranks = choosing.choose(model, "auto:2:rank", blocks)
+    assert len(chosen) == 2
+    assert all(0 < rank <= 16 for rank in ranks)
+
+
+@pytest.mark.parametrize("text", ["auto:0", "auto:6", "auto:two", "auto", "auto:2:luck"])
+def test_a_choice_that_cannot_be_made_is_refused(text, blocks):
+    with pytest.raises(ValueError, match="layers='auto"):
+        choosing.choose(dense_model("llama"), text, blocks)
+
+
+# Several sources
+
+
+def test_sources_that_lag_behind_weigh_more():
+    """Rows of the lagging source gain weight, the mean over shares stays 1, and checkpoints keep it."""
+    mixing = Mixing([0.5, 0.5])
+    for _ in range(5):
+        mixing.move(torch.tensor([0, 1]), torch.tensor([0.0, 1.0]))
+    assert mixing.weights[1] > 1 > mixing.weights[0]
+    assert sum(mixing.weights) / 2 == pytest.approx(1)
+    assert mixing.state()["attributes"]["weights"] == mixing.weights
+
+
+def test_row_weights_by_hand():
+    """A weighted mean over tokens; rows apart."""
+    logits, labels = torch.randn(2, 4, 9), torch.randint(0, 9, (2, 4))
+    rows = row_losses(logits, labels)
+    weighted = next_token_loss(logits, labels, torch.tensor([1.0, 3.0]))
+    assert weighted.item() == pytest.approx((rows[0] + 3 * rows[1]).item() / 4, abs=1e-6)
+
+
+# The report
+
+
+def test_the_table_has_a_row_for_each_p(blocks):
+    """Agreement with itself at p = 0 is whole; KV and compute fall with load."""
+    rows = rows_of(mod_model("llama"), blocks)
+    assert len(table(rows).splitlines()) == 2 + len(rows) == 13
+    assert rows[0].quality.agreement == 1.0
+    assert rows[0].kv == 1.0
+    assert rows[-1].kv < 0.6
+    assert rows[-1].compute < rows[0].compute
+    assert record(rows)[3]["p"] == 0.3

@@ -1,0 +1,181 @@
+"""Conversions at scale, tried small: several processes, sharding, kills, full disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import sharded_step
+import torch
+from builders import REPO, assert_close, dense_model, save_folder
+from safetensors.torch import load_file
+
+from modification.cli import main
+from modification.conversion import train as training
+
+SETTINGS = ["--tokens", "5120", "--block", "16", "--batch", "8", "--save-steps", "5", "--lr", "0.002"]
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A tiny dense parent, and a text for it."""
+    folder = tmp_path_factory.mktemp("scale")
+    save_folder(dense_model("llama"), folder / "parent")
+    noise = random.Random(0)
+    stories = ["".join(noise.choices("abcdefgh", k=12)) * 8 for _ in range(120)]
+    (folder / "text.txt").write_text("<|endoftext|>".join(stories))
+    return folder
+
+
+def command(work, out, *more):
+    """convert's own words."""
+    return ["-m", "modification", "--threads", "1", "convert", str(work / "parent"), str(out), "--data",
+            str(work / "text.txt"), *SETTINGS, *more]
+
+
+def processes(count):
+    """What launches several processes on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_addr",
+            "127.0.0.1", "--master_port", str(port)]
+
+
+def finish(words):
+    """Run to the end; its output if it failed."""
+    done = subprocess.run(words, env=ALONE, capture_output=True, text=True, timeout=300, cwd=REPO)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def whole(work):
+    """A conversion in one process that nothing disturbed."""
+    finish([sys.executable, *command(work, work / "whole")])
+    return work / "whole"
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(ours, theirs):
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
+    assert set(ours) == set(theirs)
+    for name, weight in theirs.items():
+        assert_close(ours[name], weight)
+
+
+def test_two_processes_are_one(work, whole):
+    """Under DDP (gloo): each row draws the same p, and losses, loads and weights are those of one process."""
+    out = work / "two"
+    finish([*processes(2), *command(work, out)])
+    assert json.loads((out / "report.json").read_text())["distributed"] == "MULTI_CPU"
+    assert len(log_of(out)) == len(log_of(whole)) == 4
+    for ours, theirs in zip(log_of(out), log_of(whole), strict=True):
+        for name in ("loss", "cross_entropy", "kl", "load_penalty", "load", "layer_loads", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    assert_same_weights(out, whole)
+
+
+def test_sharded_processes_are_one(tmp_path, gradients):
+    """Under FSDP2 (gloo): each holds a part of the weights, and losses and weights are those of one process."""
+    finish([*processes(2), "tests/sharded_step.py", str(tmp_path / "found.pt")])
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    model = sharded_step.fresh()
+    losses = sharded_step.steps(model, slice(None))
+    assert found["local"] < 0.6 * sum(weight.numel() for weight in model.parameters())
+    assert_close(found["losses"], torch.tensor(losses))
+    for name, weight in model.state_dict().items():
+        assert_close(found["weights"][name], weight)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_run_killed_at_any_step_and_resumed_is_one_that_was_not(seed, work, whole):
+    """SIGKILL at a random step; resumed, it has lost at most one interval of checkpoints and ends the same."""
+    out = work / f"killed{seed}"
+    at = random.Random(seed).uniform(0.2, 0.9)
+    process = subprocess.Popen([sys.executable, *command(work, out)], env=ALONE, cwd=REPO,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = out / "checkpoints"
+    wanted = 1 + int(at * 6)
+    for _ in range(6000):
+        if process.poll() is not None or _steps(checkpoints) >= 5 * wanted:
+            break
+        time.sleep(0.005)
+    time.sleep(random.Random(seed).uniform(0, 0.05))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "report.json").exists()
+    reached = _steps(checkpoints)
+    assert reached >= 5
+    logged = log_of(out)[-1]["step"] if (out / "log.jsonl").is_file() else 0
+    assert logged - reached <= 5
+    finish([sys.executable, *command(work, out, "--resume")])
+    assert_same_weights(out, whole)
+    assert [entry["step"] for entry in log_of(out)] == [entry["step"] for entry in log_of(whole)]
+
+
+def _steps(checkpoints):
+    """The newest whole checkpoint's step, nothing removed."""
+    whole = [int(path.parent.name.rpartition("-")[2]) for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, default=0)
+
+
+@pytest.mark.parametrize("broken", ["file", "full"])
+def test_a_folder_without_room_is_told_before_training(broken, work, tmp_path, monkeypatch, capsys, gradients):
+    """An unwritable place and a full disk are sentences, at once."""
+    out = tmp_path / "out"
+    if broken == "file":
+        (tmp_path / "in the way").write_text("")
+        out = tmp_path / "in the way" / "out"
+    else:
+        monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(training, "convert", None)  # not reached
+    assert main(command(work, out)[4:]) == 2
+    said = capsys.readouterr().err
+    assert ("can't be written" in said) if broken == "file" else ("GB free and checkpoints may take" in said)
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(work, whole, tmp_path, monkeypatch, capsys, gradients):
+    """A write that fails in mid-checkpoint ends the run with a sentence; resumed with room, it ends the same."""
+    real, calls = training.ConversionTrainer._save_optimizer_and_scheduler, []
+
+    def full(self, folder):
+        calls.append(folder)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        real(self, folder)
+
+    monkeypatch.setattr(training.ConversionTrainer, "_save_optimizer_and_scheduler", full)
+    assert main(command(work, tmp_path / "out")[4:]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert training.last_checkpoint(tmp_path / "out" / "checkpoints").endswith("checkpoint-10")
+    monkeypatch.undo()
+    assert main(command(work, tmp_path / "out", "--resume")[4:]) == 0
+    assert_same_weights(tmp_path / "out", whole)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--load-in-4bit"], "4-bit weights can't be trained; add --tune lora"),
+        (["--load-in-4bit", "--tune", "lora"], "needs CUDA, and there is none here"),
+        (["--fsdp"], "FSDP"),
+        (["--keep-adapter"], "only --tune lora makes an adapter"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_a_sentence(flags, sentence, work, tmp_path, capsys, gradients):
+    assert main(command(work, tmp_path / "out", *flags)[4:]) == 2
+    assert sentence in capsys.readouterr().err
