@@ -79,9 +79,24 @@ class MoDLayer(nn.Module):
         y = self._block(x, gate, call, self._arguments(kwargs, call, slots, mask, keys, None))
         out = torch.where(run[..., None], y, x)
         if call.config.gate == "straight_through" and torch.is_grad_enabled():
-            gradient = straight_through(logit, call.threshold(self.layer_index))
-            out = out + gradient[..., None].to(x.dtype) * (y - x).detach()
+            out = self._teach(x, y, out, logit, call)
         return out
+
+    def _teach(self, x: Tensor, y: Tensor, out: Tensor, logit: Tensor, call: RoutingCall) -> Tensor:
+        """The output with a gradient for the gate, the straight-through one of sigmoid(logit(g) - logit(p)).
+
+        What that gradient meets should be what running the token is worth, loss(skipped) - loss(run). The slope of
+        the loss where the token is (run: at y, skipped: at x) is far from it: a trained block is near its best, so
+        that tokens that run seem to gain nothing by it. With ``between``, some tokens get x + u (y - x) with u drawn
+        evenly from (0, 1); the mean slope there is the difference itself, and the others' gates are left alone.
+        """
+        gradient = straight_through(logit, call.threshold(self.layer_index))[..., None].to(x.dtype)
+        if call.between is not None:
+            share = call.between[:, call.order.index(self.layer_index), :, None].to(x)
+            chosen = share < 1
+            out = torch.where(chosen, x + share * (y - x), out)
+            gradient = torch.where(chosen, gradient, 0)
+        return out + gradient * (y - x).detach()
 
     def _gathered(
         self, x: Tensor, gate: Tensor, run: Tensor, call: RoutingCall, store: RaggedLayer | None, kwargs: Arguments

@@ -116,6 +116,7 @@ class MoDModel(PreTrainedModel, GenerationMixin):
         p: Thresholds | None = None,
         routing: str | None = None,
         rule: str = "threshold",
+        between: Tensor | None = None,
         output_router_scores: bool = False,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -130,6 +131,8 @@ class MoDModel(PreTrainedModel, GenerationMixin):
             routing: "gathered" really skips; "masked" computes all and hides (reference, training).
                 By default masked while training, gathered otherwise.
             rule: "threshold", or "top-k", which looks ahead and is for training alone.
+            between: for training, [B, M, T]: tokens whose value in a MoD layer is below 1 get that share of the
+                block's output there, and teach their gate; the others' gates learn nothing from the loss.
             position_ids: [B, T]; where they start anew in a row and there is neither mask nor cache, another packed
                 document begins, which sees nothing of those before it.
             output_router_scores: fill ``router_scores`` and ``routed`` of the output.
@@ -146,7 +149,7 @@ class MoDModel(PreTrainedModel, GenerationMixin):
             past_key_values = self.new_cache()
         check_cache(past_key_values)
         call = self._routing_call(given, attention_mask, past_key_values, p, routing)
-        call.record, call.rule = output_router_scores, rule
+        call.record, call.rule, call.between = output_router_scores, rule, between
         if rule not in RULES:
             raise ValueError(f"rule={rule!r}: expected one of {', '.join(RULES)}")
         if attention_mask is None and past_key_values is None and position_ids is not None:

@@ -67,6 +67,8 @@ class RoutingCall:
         valid: False at padding, [B, T]; None when there is none.
         anchored: tokens that run whatever their score, [B, T]; None when there are none.
         documents: which of a row's packed documents a token belongs to, [B, T]; None when a row is one document.
+        between: in training, shares of the block's output that some tokens get instead of all or none of it,
+            [B, M, T]; 1 or more elsewhere. See ``MoDLayer``.
         rule: "threshold", or "top-k" (a row's 1 - p of tokens with the highest scores; looks ahead: training only).
         scores, routed: gates and decisions per MoD layer index, [B, T] each, if ``record``.
     """
@@ -79,6 +81,7 @@ class RoutingCall:
         self.config, self.p, self.path, self.columns, self.kernel = config, p, path, columns, kernel
         self.order, self.valid, self.anchored, self.rule, self.record = order, valid, anchored, rule, record
         self.documents: Tensor | None = None
+        self.between: Tensor | None = None
         self.scores: dict[int, Tensor] = {}
         self.routed: dict[int, Tensor] = {}
 

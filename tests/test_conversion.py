@@ -257,7 +257,7 @@ def test_the_divergence_by_hand():
         ({"block": 0}, "block=0: must be 1 or more"),
         ({"batch": -1}, "batch=-1: must be 1 or more"),
         ({"tokens": 10}, r"tokens=10: one step takes 2048 \(block 256 x batch 8\)"),
-        ({"dense_share": 1.0}, "dense_share=1.0"),
+        ({"dense_share": 1.1}, "dense_share=1.1"),
         ({"dense_share": -0.1}, "dense_share=-0.1"),
     ],
 )

@@ -128,7 +128,7 @@ def test_top_k_runs_the_share_with_the_highest_scores():
 def test_routers_that_say_what_top_k_chose_imitate_it_well():
     """Scores on the right side of p cost little, on the wrong side much."""
     p, chosen = torch.tensor([0.5]), (torch.tensor([[True, False]]),)
-    right, wrong = imitation((torch.tensor([[0.9, 0.1]]),), chosen, p), imitation((torch.tensor([[0.1, 0.9]]),), chosen, p)
+    right, wrong = (imitation((torch.tensor([scores]),), chosen, p) for scores in ([0.9, 0.1], [0.1, 0.9]))
     assert right.item() == pytest.approx(-np.log(0.9), abs=1e-4)
     assert wrong.item() == pytest.approx(-np.log(0.1), abs=1e-4)
 
@@ -207,7 +207,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(blocks, tmp_path):
 )
 def test_options_of_a_recipe_train(changes, blocks, tmp_path):
     """Losses are finite, logged and fall."""
-    _, rows, _ = run(named("any-p", **{**SMALL, "tokens": 24 * 4 * 16}, **changes), blocks, tmp_path / "out")
+    run(named("any-p", **{**SMALL, "tokens": 24 * 4 * 16}, **changes), blocks, tmp_path / "out")
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(float(entry["loss"])) for entry in log)
     assert log[-1]["cross_entropy"] < log[0]["cross_entropy"]

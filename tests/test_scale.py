@@ -179,3 +179,13 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(work, whole, tmp_
 def test_what_this_machine_cannot_do_is_a_sentence(flags, sentence, work, tmp_path, capsys, gradients):
     assert main(command(work, tmp_path / "out", *flags)[4:]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "docs" / "launch").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_ready_made_settings_are_accelerate_s(path):
+    """accelerate reads each file, and it says how many processes there are."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    settings = load_config_from_file(str(path))
+    assert settings.num_processes == 8 * settings.num_machines
+    assert settings.distributed_type == "MULTI_GPU"

@@ -19,9 +19,17 @@ def draw_thresholds(
 ) -> Tensor:
     """One p per row, [B]: ``dense_share`` of the rows at 0, the rest one from each equal slice of the range."""
     routed = batch - int(batch * dense_share)
+    if not routed:
+        return torch.zeros(batch)
     low, high = p_range
     spread = (torch.arange(routed) + torch.rand(routed, generator=generator)) / routed
     return torch.cat([torch.zeros(batch - routed), low + (high - low) * spread])
+
+
+def draw_between(share: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Even draws from (0, 1) at a ``share`` of places, 1 elsewhere."""
+    drawn, chosen = torch.rand(shape, generator=generator), torch.rand(shape, generator=generator) < share
+    return torch.where(chosen, drawn, 1.0)
 
 
 def row_loads(scores: Scores, routed: Scores, p: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ class Recipe:
         paired: every row also runs at p = 0, and what it says there teaches it at its own p: one pass serves the
             dense model and, in the teacher's place, the sparse ones. The teacher then teaches p = 0 alone.
         dense_share: share of rows at p = 0, where rows aren't paired.
+        between: share of (MoD layer, token) pairs that get a part of their layer's output, drawn evenly, and teach
+            their gate what running is worth (see ``MoDLayer``); 0: all teach theirs by the straight-through slope.
         p_range: from where the other rows draw p.
         rule: which tokens run in training; "top-k" is the rule of Mixture-of-Depths (arXiv 2404.02258).
         load: how the load is held. "target": penalty * (load - (1 - p))^2, over all MoD layers, so that layers may
@@ -60,7 +62,8 @@ class Recipe:
     gate: Gate = "straight_through"
     p: float | None = None
     paired: bool = False
-    dense_share: float = 0.125
+    dense_share: float = 0.25
+    between: float = 0.15
     p_range: tuple[float, float] = (0.02, 0.98)
     rule: Rule = "threshold"
     load: Load = "target"
@@ -98,9 +101,11 @@ class Recipe:
                 f"tokens={self.tokens}: one step takes {self.block * self.batch} (block {self.block} x batch "
                 f"{self.batch}); give at least that many"
             )
-        for name in ("dense_share", "warmup"):
+        for name in ("warmup", "between"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
+        if not 0 <= self.dense_share <= 1:
+            raise ValueError(f"dense_share={self.dense_share}: must be from 0 to 1")
         for name in ("lr", "router_lr"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ from modification.conversion.trainer import (
 )
 from modification.conversion.tune import prepare
 from modification.measure import report as reporting
+from modification.measure.plots import plot_run
 from modification.measure.quality import predictions
 from modification.model import convert
 
@@ -118,6 +120,7 @@ def train(
     tokenizer.save_pretrained(out)
     card = reporting.card(report, rows, out.name, str(options.facts.get("parent", "a dense model")))
     (out / "README.md").write_text(card, encoding="utf-8")
+    _plot(out)
     (out / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")  # last: it says that all is there
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return rows
@@ -148,6 +151,13 @@ def _dense_loss(model: Any, blocks: npt.NDArray[np.int32]) -> float:
         ids = torch.from_numpy(row.astype(np.int64))[None].to(model.device)
         losses.append(next_token_loss(model(input_ids=ids, use_cache=False).logits, ids).item())
     return float(np.mean(losses))
+
+
+def _plot(out: Path) -> None:
+    """Plots of the log, where there is one and plotly to draw it."""
+    log = out / LOG
+    if log.is_file() and importlib.util.find_spec("plotly") is not None:
+        plot_run([json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()], out / "plots")
 
 
 def last_checkpoint(folder: Path) -> str | None:

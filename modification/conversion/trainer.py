@@ -7,6 +7,7 @@ import json
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,11 @@ class ConversionTrainer(Trainer):
     """transformers.Trainer with a recipe's loss; its parts, the load and each MoD layer's load in its log."""
 
     def __init__(self, recipe: Recipe, teacher: nn.Module | None, **kwargs: Any) -> None:
-        self.recipe = recipe
+        self.recipe, self.layers = recipe, len(kwargs["model"].mod_layers)
         super().__init__(**kwargs)
         self.teacher = None if teacher is None else teacher.to(self.args.device)
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._count, self._since = 0, time.monotonic()
 
     @property
     def steering(self) -> Steering:
@@ -95,14 +96,14 @@ class ConversionTrainer(Trainer):
     ) -> Any:
         recipe, labels, sources = self.recipe, inputs.pop("labels"), inputs.pop("source", None)
         p = self.thresholds(len(labels)).to(labels.device)
-        taught = self._taught(inputs)
+        taught, between = self._taught(inputs), self.between(*labels.shape)
         weights = self._weights(sources)
         if recipe.paired:
             asked = {name: torch.cat([value, value]) for name, value in inputs.items()}
-            out = self._student(model, asked, torch.cat([torch.zeros_like(p), p]))
+            out = self._student(model, asked, torch.cat([torch.zeros_like(p), p]), between)
             parts = self._paired_parts(out, taught, labels, weights)
         else:
-            out = self._student(model, inputs, p)
+            out = self._student(model, inputs, p, between)
             parts = self._parts(out.logits, taught, out.hidden_states, labels, weights)
         self._mix(sources, taught, out.logits[-len(p) :], labels)
         scores, routed = (
@@ -118,20 +119,37 @@ class ConversionTrainer(Trainer):
         return (loss, out) if return_outputs else loss
 
     def thresholds(self, rows: int) -> Tensor:
-        """This process's p per row, [B]: the same for a step whatever ran before it, and however many processes."""
-        recipe, world = self.recipe, self.args.world_size
+        """This process's p per row, [B]."""
+        recipe = self.recipe
         if recipe.p is not None:
             return torch.full((rows,), recipe.p)
-        step = self.state.global_step * recipe.accumulate + self._micro_step()
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         share = 0.0 if recipe.paired else recipe.dense_share
-        drawn = objectives.draw_thresholds(rows * world, share, recipe.p_range, generator)
+        drawn = objectives.draw_thresholds(rows * self.args.world_size, share, recipe.p_range, self._noise(0))
+        return self._own(drawn, rows)
+
+    def between(self, rows: int, tokens: int) -> Tensor | None:
+        """This process's partial shares of the blocks' outputs, [B, M, T]; None where no gate learns by them."""
+        recipe = self.recipe
+        if not recipe.between or recipe.gate != "straight_through" or recipe.path != "masked":
+            return None
+        shape = (rows * self.args.world_size, self.layers, tokens)
+        return self._own(objectives.draw_between(recipe.between, shape, self._noise(1)), rows)
+
+    def _noise(self, kind: int) -> torch.Generator:
+        """The same for a step whatever ran before it, and however many processes."""
+        step = self.state.global_step * self.recipe.accumulate + self._micro_step()
+        return torch.Generator().manual_seed((self.recipe.seed * 1_000_003 + step) * 2 + kind)
+
+    def _own(self, drawn: Tensor, rows: int) -> Tensor:
         return drawn[self.args.process_index * rows :][:rows]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._count and "loss" in logs:
             mean = {name: self.accelerator.reduce(total / self._count, "mean") for name, total in self._sums.items()}
-            logs = {**logs, **{name: value.tolist() for name, value in mean.items()}}
+            tokens = self._count * self.args.train_batch_size * self.args.world_size * self.recipe.block
+            speed = tokens / max(1e-9, time.monotonic() - self._since)
+            logs = {**logs, **{name: value.tolist() for name, value in mean.items()}, "tokens_per_second": speed}
+            self._since = time.monotonic()
             self._sums, self._count = {}, 0
         super().log(logs, *args, **kwargs)
 
@@ -139,10 +157,13 @@ class ConversionTrainer(Trainer):
         """Which of the optimiser step's parts this is."""
         return 0 if self.recipe.accumulate == 1 else self._count % self.recipe.accumulate
 
-    def _student(self, model: Any, inputs: dict[str, Tensor], p: Tensor) -> Any:
+    def _student(self, model: Any, inputs: dict[str, Tensor], p: Tensor, between: Tensor | None) -> Any:
+        if between is not None:
+            between = torch.cat([torch.ones_like(between), between])[-len(p) :].to(p.device)
+            between = torch.where(p[:, None, None] > 0, between, 1.0)  # at p = 0 the model is whole
         return model(
-            **inputs, p=p, use_cache=False, output_router_scores=True, routing=self.recipe.path, rule=self.recipe.rule,
-            output_hidden_states=self.recipe.hidden > 0,
+            **inputs, p=p, between=between, use_cache=False, output_router_scores=True, routing=self.recipe.path,
+            rule=self.recipe.rule, output_hidden_states=self.recipe.hidden > 0,
         )
 
     @torch.no_grad()

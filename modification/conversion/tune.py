@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from modification.conversion.recipes import Recipe, default_lr
 from modification.loading import ADAPTER
 
+
 def prepare(model: PreTrainedModel, recipe: Recipe) -> Callable[[Path | None], None]:
     """Fix what a recipe does not train, and put its adapters in.
 

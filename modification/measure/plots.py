@@ -1,4 +1,4 @@
-"""Plots of a bench, as HTML files that open without a network."""
+"""Plots of a bench and of a conversion, as HTML files that open without a network."""
 
 from __future__ import annotations
 
@@ -20,6 +20,33 @@ def plot(results: Sequence[Result], folder: Path) -> list[Path]:
             figure.write_html(path, include_plotlyjs="directory")
             written.append(path)
     return written
+
+
+def plot_run(log: Sequence[dict[str, Any]], folder: Path) -> Path:
+    """Write a conversion's loss, load, load per MoD layer and throughput over steps as one file.
+
+    Args:
+        log: the records of ``log.jsonl``.
+    """
+    from plotly.subplots import make_subplots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    titles = ("loss, nats per token", "load", "load per MoD layer", "training tokens per second")
+    figure = make_subplots(rows=2, cols=2, subplot_titles=titles)
+    steps = [record["step"] for record in log]
+    for name in ("cross_entropy", "kl", "hidden_distance"):
+        if log and name in log[0]:
+            figure.add_scatter(x=steps, y=[record[name] for record in log], name=name, row=1, col=1)
+    figure.add_scatter(x=steps, y=[record["load"] for record in log], name="load", row=1, col=2)
+    for at in range(len(log[0]["layer_loads"]) if log else 0):
+        loads = [record["layer_loads"][at] for record in log]
+        figure.add_scatter(x=steps, y=loads, name=f"MoD layer {at}", row=2, col=1)
+    speeds = [record.get("tokens_per_second") for record in log]
+    figure.add_scatter(x=steps, y=speeds, name="tokens per second", row=2, col=2)
+    figure.update_layout(title="A conversion (measured)", template="plotly_white")
+    path = folder / "run.html"
+    figure.write_html(path, include_plotlyjs="directory")
+    return path
 
 
 def _speed(rows: Sequence[Result]) -> Any:
