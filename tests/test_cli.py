@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from builders import DEPTH, dense_model, mod_model, save_folder, tiny_tokenizer
+from builders import DEPTH, WIDTH, dense_model, mod_model, save_folder, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from modification import MoDModel, generate, load
 from modification.cli import main
@@ -109,6 +110,23 @@ def test_inspect_describes_a_dense_model(parent, capsys):
     assert found["class"] == "LlamaForCausalLM"
     assert found["mod"] is None
     assert found["mod_layers"] == []
+    assert found["family"] == "llama"
+    assert found["can_be_mod_layers"] == list(range(DEPTH))
+    assert found["conversion_adds_parameters_per_layer"] == WIDTH + 1
+
+
+def test_inspect_says_why_a_model_cannot_be_converted(tmp_path, capsys):
+    """By name and reason; one that is known by structure alone is called so."""
+    mamba = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mamba", vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    )
+    assert main(["inspect", str(save_folder(mamba, tmp_path / "mamba"))]) == 0
+    assert "layers of kind linear_attention" in json.loads(capsys.readouterr().out)["refused"]
+    phi = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "phi", vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+    ))
+    assert main(["inspect", str(save_folder(phi, tmp_path / "phi"))]) == 0
+    assert json.loads(capsys.readouterr().out)["family"] == "phi, by its structure"
 
 
 def test_sweep_prints_a_row_per_p(folder, text, capsys):

@@ -7,11 +7,12 @@ import json
 import sys
 from typing import Any
 
-from modification.architectures import entry_bytes
+from modification.architectures import FAMILIES, ConversionError, entry_bytes
+from modification.config import MoDConfig
 from modification.executor import executor_of
 from modification.generate import generate
 from modification.loading import encode_prompt, load, load_dense_or_mod
-from modification.model import MoDModel
+from modification.model import MoDModel, convert
 
 
 def add(commands: Any) -> None:
@@ -28,7 +29,7 @@ def add(commands: Any) -> None:
     speak.add_argument("--raw", action="store_true", help="no chat template around the prompt")
     speak.set_defaults(run=_generate)
 
-    look = commands.add_parser("inspect", help="what a model folder holds")
+    look = commands.add_parser("inspect", help="what a model is, and what converting it would find and add")
     look.add_argument("model")
     look.set_defaults(run=_inspect)
 
@@ -60,15 +61,35 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     model, _ = load_dense_or_mod(arguments.model)
     config: Any = model.config
-    mod = isinstance(model, MoDModel)
-    print(json.dumps({
+    found: dict[str, Any] = {
         "class": type(model).__name__,
         "model_type": config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
         "layers": config.num_hidden_layers,
-        "mod_layers": list(model.mod_layers) if isinstance(model, MoDModel) else [],
-        "mod": config.mod if mod else None,
         "kv_bytes_per_token_dense": config.num_hidden_layers * entry_bytes(config, model.dtype),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "executor": executor_of(model).note if isinstance(model, MoDModel) else None,
-    }, indent=1))
+    }
+    print(json.dumps(found | (_routed(model) if isinstance(model, MoDModel) else _convertible(model)), indent=1))
+
+
+def _routed(model: MoDModel) -> dict[str, Any]:
+    return {
+        "family": model.family.model_type, "mod_layers": list(model.mod_layers), "mod": model.config.mod,
+        "executor": executor_of(model).note,
+    }
+
+
+def _convertible(model: Any) -> dict[str, Any]:
+    """What a conversion would find and add; refused models say why."""
+    try:
+        convert(model, MoDConfig(layers=tuple(range(model.config.num_hidden_layers))))
+    except ConversionError as error:
+        return {"family": None, "can_be_mod_layers": [], "mod_layers": [], "mod": None, "refused": str(error)}
+    layers = list(model.mod_layers)
+    routers = sum(weight.numel() for name, weight in model.named_parameters() if ".router." in name)
+    known = model.family.model_type in FAMILIES
+    return {
+        "family": model.family.model_type + ("" if known else ", by its structure"), "can_be_mod_layers": layers,
+        "mod_layers": [], "mod": None, "conversion_adds_parameters_per_layer": routers // len(layers),
+        "sliding_windows": sorted({window for window in model.windows if window is not None}),
+    }

@@ -1,0 +1,252 @@
+"""Recipes against their rivals on one parent, one text and one token budget. What is done is kept, and not redone.
+
+    PYTHONPATH=. python -m benchmarks.recipes PARENT TEXT OUT --layers 1,3 --tokens 1500000 [--only any-p,dense]
+
+Rivals: the dense parent tuned alike; whole layers dropped for good, one after the other, each choice the one that
+costs the parent least, tuned alike; tokens skipped by chance; and every recipe of the table, any-p with all three
+ways of tuning. Each is written to OUT/NAME.json; the table and plot are made of what lies there. One JSON line ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modification import MoDConfig, load
+from modification.cli.shared import layers_of
+from modification.conversion.data import Text
+from modification.conversion.recipes import RECIPES, Recipe, named
+from modification.conversion.sources import Reading, read_text
+from modification.conversion.train import train
+from modification.loading import load_dense_or_mod
+from modification.measure.quality import evaluate
+from modification.measure.tradeoff import point
+from modification.routing import Router
+
+LOADS = (1.0, 0.75, 0.5, 0.25)
+GRID = tuple(round(0.05 * at, 2) for at in range(20))
+TIMED = (0.0, 0.25, 0.5, 0.75)
+
+
+class Bench:
+    """A parent, its text and the budget."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.out = arguments, arguments.out
+        self.layers = layers_of(arguments.layers)
+        parent, self.tokenizer = self.parent()
+        self.indices = MoDConfig(layers=self.layers).layer_indices(parent.config.num_hidden_layers)
+        reading = Reading((str(arguments.text),), split=arguments.split, held_out=arguments.held_out)
+        self.text: Text = read_text(reading, self.tokenizer, parent, arguments.tokens, arguments.block)
+
+    def parent(self) -> tuple[Any, Any]:
+        return load_dense_or_mod(self.arguments.parent, dtype=torch.float32)
+
+    def recipe(self, name: str, **changes: Any) -> Recipe:
+        a = self.arguments
+        if RECIPES[name].fit:
+            return named(name, block=a.block)
+        return named(name, tokens=a.tokens, block=a.block, batch=a.batch, lr=a.lr, bf16=a.bf16, **changes)
+
+    def converted(self, name: str, recipe: Recipe, model: Any = None, layers: Any = None) -> Any:
+        """A conversion of the parent, or of ``model``; done at most once."""
+        folder = self.out / "models" / name
+        if not (folder / "report.json").is_file():
+            model = model or self.parent()[0]
+            train(model, self.tokenizer, MoDConfig(layers=layers or self.layers), recipe, self.text, folder)
+        return load(folder, dtype=torch.float32)[0]
+
+
+def curve(model: Any, text: Text, timed: bool = True) -> list[dict[str, float]]:
+    """Loss and compute over p, and measured time per token at some."""
+    rows = []
+    for p in GRID:
+        one = evaluate(model, text.held_out, p)
+        row = {"p": p, "load": one.load, "loss": one.loss, "error": one.error}
+        if timed and p in TIMED:
+            measured = point(model, text.held_out, p)
+            row |= {"compute": measured.compute, "seconds_per_token": 1 / measured.speed}
+        rows.append(row)
+    return rows
+
+
+def dense(bench: Bench) -> list[dict[str, float]]:
+    """The parent tuned on the same tokens, nothing skipped."""
+    model = bench.converted("dense", bench.recipe("any-p", dense_share=1.0, load="none"))
+    return curve(model, bench.text)[:1]
+
+
+def static(bench: Bench, count: int) -> list[dict[str, float]]:
+    """``count`` layers dropped for good and the rest tuned alike; load is of the layers that would be MoD layers."""
+    model = bench.parent()[0]
+    dropped = cheapest(model, bench.indices, count, bench.text.blocks[:16])
+    without(model, dropped)
+    last = model.config.num_hidden_layers - 1
+    tuned = bench.converted(
+        f"static-{count}", bench.recipe("any-p", dense_share=1.0, load="none"), model, (last,)
+    )
+    one, whole = curve(tuned, bench.text)[0], len(bench.indices)
+    return [{**one, "load": 1 - count / whole, "dropped": dropped}]  # type: ignore[dict-item]
+
+
+def random_skipping(bench: Bench) -> list[dict[str, float]]:
+    """any-p with scores drawn by chance, in training and after."""
+    with _scores_by_chance():
+        model = bench.converted("random", bench.recipe("any-p", load="none", between=0.0))
+        return curve(model, bench.text, timed=False)
+
+
+@contextlib.contextmanager
+def _scores_by_chance() -> Iterator[None]:
+    """Every router scores by chance meanwhile."""
+
+    def draw(module: Any, args: Any, out: Any) -> Any:
+        if isinstance(module, Router):
+            return torch.logit(torch.rand(out.shape), eps=1e-6).detach()
+        return None
+
+    handle = torch.nn.modules.module.register_module_forward_hook(draw)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def recipe_curve(bench: Bench, name: str, **changes: Any) -> list[dict[str, float]]:
+    label = "-".join([name, *(str(value) for value in changes.values() if isinstance(value, str))])
+    return curve(bench.converted(label, bench.recipe(name, **changes)), bench.text)
+
+
+@torch.no_grad()
+def cheapest(model: Any, among: tuple[int, ...], count: int, blocks: Any) -> list[int]:
+    """The layers whose loss costs the parent least, one after the other."""
+    dropped: list[int] = []
+    for _ in range(count):
+        costs = {}
+        for at in among:
+            if at not in dropped:
+                trial = copy.deepcopy(model).eval()
+                without(trial, [*dropped, at])
+                ids = torch.from_numpy(blocks.astype(np.int64))
+                costs[at] = trial(input_ids=ids, labels=ids, use_cache=False).loss.item()
+        dropped.append(min(costs, key=costs.__getitem__))
+    return dropped
+
+
+def without(model: Any, dropped: list[int]) -> None:
+    """Take layers out of a Llama-shaped dense model."""
+    layers = model.model.layers
+    model.model.layers = torch.nn.ModuleList([layer for at, layer in enumerate(layers) if at not in dropped])
+    model.config.num_hidden_layers = len(model.model.layers)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [kind for at, kind in enumerate(model.config.layer_types) if at not in dropped]
+    for at, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = at
+
+
+def entries(bench: Bench) -> dict[str, Callable[[], list[dict[str, float]]]]:
+    """What is compared, by name."""
+    count = len(bench.indices)
+    drops = sorted({max(1, round(count * share)) for share in (0.25, 0.5, 0.75)} | {count})
+    return {
+        "dense": lambda: dense(bench),
+        **{f"static-{n}": (lambda n=n: static(bench, n)) for n in drops},
+        "random": lambda: random_skipping(bench),
+        "calibrate": lambda: recipe_curve(bench, "calibrate"),
+        "paper": lambda: recipe_curve(bench, "paper"),
+        "paper-controlled": lambda: recipe_curve(bench, "paper-controlled"),
+        "top-k": lambda: recipe_curve(bench, "top-k"),
+        "fixed-p": lambda: recipe_curve(bench, "fixed-p"),
+        "any-p-router": lambda: recipe_curve(bench, "any-p", tune="router"),
+        "any-p-lora": lambda: recipe_curve(bench, "any-p", tune="lora"),
+        "any-p-full": lambda: recipe_curve(bench, "any-p", tune="full"),
+    }
+
+
+def at_load(rows: list[dict[str, float]], load: float) -> float | None:
+    """Loss at a load, straight between measured points; None outside them."""
+    ordered = sorted(rows, key=lambda row: row["load"])
+    loads, losses = [row["load"] for row in ordered], [row["loss"] for row in ordered]
+    if not loads[0] - 0.03 <= load <= loads[-1] + 0.03:
+        return None
+    return float(np.interp(load, loads, losses))
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Markdown: held-out loss at four loads; all static droppings are one line."""
+    curves = {name: value["curve"] for name, value in found.items() if not name.startswith("static")}
+    drops = [row for name, value in found.items() if name.startswith("static") for row in value["curve"]]
+    if drops and "dense" in found:
+        curves = {"static dropping (straight between)": [*drops, *found["dense"]["curve"]], **curves}
+    lines = ["| recipe | " + " | ".join(f"load {load:g}" for load in LOADS) + " |", "|---" * (1 + len(LOADS)) + "|"]
+    for name, rows in curves.items():
+        cells = [at_load(rows, load) for load in LOADS]
+        lines.append(f"| {name} | " + " | ".join("" if cell is None else f"{cell:.3f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Held-out loss over load, a line a recipe."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    drops = [row for name, value in found.items() if name.startswith(("static", "dense")) for row in value["curve"]]
+    if drops:
+        drops.sort(key=lambda row: row["load"])
+        figure.add_scatter(x=[r["load"] for r in drops], y=[r["loss"] for r in drops], name="static dropping",
+                           mode="lines+markers", line={"dash": "dot"})
+    for name, value in found.items():
+        if not name.startswith(("static", "dense")):
+            rows = value["curve"]
+            figure.add_scatter(x=[r["load"] for r in rows], y=[r["loss"] for r in rows], name=name, mode="lines")
+    figure.update_layout(template="plotly_white", xaxis_title="load of the MoD layers (measured)",
+                         yaxis_title="held-out loss, nats per token (measured)", title="Recipes at equal tokens")
+    figure.write_html(path, include_plotlyjs="directory")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parent")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", default="inner")
+    parser.add_argument("--split")
+    parser.add_argument("--tokens", type=int, default=1_500_000)
+    parser.add_argument("--held-out", type=int, default=96)
+    parser.add_argument("--block", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--only", help="names with commas between them")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(arguments)
+    for name, measure in entries(bench).items():
+        path = arguments.out / f"{name}.json"
+        if path.is_file() or (arguments.only and name not in arguments.only.split(",")):
+            continue
+        began = time.monotonic()
+        rows = measure()
+        path.write_text(json.dumps({"curve": rows, "seconds": round(time.monotonic() - began, 1)}), encoding="utf-8")
+        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+    found = {name: json.loads((arguments.out / f"{name}.json").read_text()) for name in entries(bench)
+             if (arguments.out / f"{name}.json").is_file()}
+    print(table(found))
+    plot(found, arguments.out / "recipes.html")
+    told = dataclasses.asdict(bench.recipe("any-p"))
+    losses = {name: [at_load(value["curve"], load) for load in LOADS] for name, value in found.items()}
+    print(json.dumps({"parent": arguments.parent, "layers": list(bench.indices), "any-p": told, "losses": losses}))
+
+
+if __name__ == "__main__":
+    main()
