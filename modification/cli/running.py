@@ -66,7 +66,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
         "model_type": config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
         "layers": config.num_hidden_layers,
-        "kv_bytes_per_token_dense": config.num_hidden_layers * entry_bytes(config, model.dtype),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     print(json.dumps(found | (_routed(model) if isinstance(model, MoDModel) else _convertible(model)), indent=1))
@@ -74,9 +73,15 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _routed(model: MoDModel) -> dict[str, Any]:
     return {
-        "family": model.family.model_type, "mod_layers": list(model.mod_layers), "mod": model.config.mod,
+        "kv_bytes_per_token_dense": _kv_bytes(model), "family": model.family.model_type, "mod_layers": list(model.mod_layers), "mod": model.config.mod,
         "executor": executor_of(model).note,
     }
+
+
+def _kv_bytes(model: Any) -> int:
+    """Keys and values of one token in all layers of the dense parent."""
+    layers: int = model.config.num_hidden_layers
+    return layers * entry_bytes(model.config, model.dtype)
 
 
 def _convertible(model: Any) -> dict[str, Any]:
@@ -89,6 +94,7 @@ def _convertible(model: Any) -> dict[str, Any]:
     routers = sum(weight.numel() for name, weight in model.named_parameters() if ".router." in name)
     known = model.family.model_type in FAMILIES
     return {
+        "kv_bytes_per_token_dense": _kv_bytes(model),
         "family": model.family.model_type + ("" if known else ", by its structure"), "can_be_mod_layers": layers,
         "mod_layers": [], "mod": None, "conversion_adds_parameters_per_layer": routers // len(layers),
         "sliding_windows": sorted({window for window in model.windows if window is not None}),
