@@ -74,7 +74,7 @@ class Convert:
         self.recipe = gr.Dropdown(RECIPES, value="any-p", label="Recipe", elem_id="convert-recipe")
         self.tune = gr.Dropdown(TUNES, value="full", label="What is trained", elem_id="convert-tune")
         self.layers = gr.Textbox(
-            label="MoD layers", value="inner", info="inner, interleaved, indices like 1,3,5, or auto:K for the K that matter least",
+            label="MoD layers", value="inner", info="inner, interleaved, indices like 1,3, or auto:K, the K least needed",
             elem_id="convert-layers",
         )
         self.tokens = gr.Number(

@@ -73,8 +73,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _routed(model: MoDModel) -> dict[str, Any]:
     return {
-        "kv_bytes_per_token_dense": _kv_bytes(model), "family": model.family.model_type, "mod_layers": list(model.mod_layers), "mod": model.config.mod,
-        "executor": executor_of(model).note,
+        "kv_bytes_per_token_dense": _kv_bytes(model), "family": model.family.model_type,
+        "mod_layers": list(model.mod_layers), "mod": model.config.mod, "executor": executor_of(model).note,
     }
 
 
