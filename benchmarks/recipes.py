@@ -4,7 +4,7 @@
 
 Rivals: the dense parent tuned alike; whole layers dropped for good, one after the other, each choice the one that
 costs the parent least, tuned alike; tokens skipped by chance; and every recipe of the table, any-p with all three
-ways of tuning. Each is written to OUT/NAME.json; the table and plot are made of what lies there. One JSON line ends it.
+ways of tuning and with gates taught by the plain straight-through slope. Each is written to OUT/NAME.json; the table and plot are made of what lies there. One JSON line ends it.
 """
 
 from __future__ import annotations
@@ -167,6 +167,9 @@ def entries(bench: Bench) -> dict[str, Callable[[], list[dict[str, float]]]]:
         "paper-controlled": lambda: recipe_curve(bench, "paper-controlled"),
         "top-k": lambda: recipe_curve(bench, "top-k"),
         "fixed-p": lambda: recipe_curve(bench, "fixed-p"),
+        "any-p-slope": lambda: curve(
+            bench.converted("any-p-slope", bench.recipe("any-p", between=0.0)), bench.text
+        ),
         "any-p-router": lambda: recipe_curve(bench, "any-p", tune="router"),
         "any-p-lora": lambda: recipe_curve(bench, "any-p", tune="lora"),
         "any-p-full": lambda: recipe_curve(bench, "any-p", tune="full"),

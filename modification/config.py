@@ -28,6 +28,8 @@ class MoDConfig:
         anchors: leading tokens of each row that always run.
         kv: ``"evict"`` stores keys and values only of tokens that ran; ``"keep"`` computes and
             stores them for every token, so that skipped tokens stay visible to attention.
+        dial: n rising raw scores in (0, 1), those that load 1 - k / (n + 1) was measured at, k from 1 to n. Scores
+            are bent so that they read k / (n + 1) there, straight between, which makes load 1 - p. Empty: unbent.
 
     Raises:
         ValueError: a value out of bounds; the message names the value and the bound.
@@ -38,6 +40,7 @@ class MoDConfig:
     gate: Gate = "straight_through"
     anchors: int = 1
     kv: KeyValues = "evict"
+    dial: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_threshold(self.p)
@@ -45,6 +48,7 @@ class MoDConfig:
         _check_choice("kv", self.kv, get_args(KeyValues))
         if isinstance(self.anchors, bool) or not isinstance(self.anchors, int) or self.anchors < 0:
             raise ValueError(f"anchors={self.anchors!r}: expected a whole number of tokens, 0 or more")
+        object.__setattr__(self, "dial", _checked_dial(self.dial))
         if isinstance(self.layers, str):
             _check_choice("layers", self.layers, get_args(LayerRule))
         else:
@@ -73,7 +77,7 @@ class MoDConfig:
         values = dataclasses.asdict(self)
         if not isinstance(self.layers, str):
             values["layers"] = list(self.layers)
-        return values
+        return {**values, "dial": list(self.dial)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MoDConfig:
@@ -110,6 +114,15 @@ def threshold_at(p: Threshold, layer: int) -> float:
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices)}")
+
+
+def _checked_dial(dial: object) -> tuple[float, ...]:
+    if not isinstance(dial, (list, tuple)):
+        raise ValueError(f"dial={dial!r}: expected rising scores between 0 and 1, or none")
+    scores = [check_threshold(score, f"dial[{at}]") for at, score in enumerate(dial)]
+    if scores != sorted(scores) or any(not 0 < score < 1 for score in scores):
+        raise ValueError(f"dial={list(dial)}: the scores must rise and lie between 0 and 1")
+    return tuple(scores)
 
 
 def _checked_indices(layers: object) -> tuple[int, ...]:

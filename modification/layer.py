@@ -58,7 +58,7 @@ class MoDLayer(nn.Module):
         cache = kwargs[self.family.cache_argument]
         store = None if cache is None else cache.layers[self.layer_index]
         logit = self.router(hidden_states)
-        gate = torch.sigmoid(logit)
+        gate = call.gate(logit)
         run = call.decide(self.layer_index, gate)
         if call.path == "masked":
             return self._masked(hidden_states, logit, gate, run, call, store, kwargs)

@@ -5,6 +5,8 @@ Boundary: tensors in, tensors out; knows neither layers nor caches.
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,7 @@ INITIAL_BIAS = {"straight_through": 2.0, "paper": 4.0}
 OPEN = 40.0  # a logit at which the gate is 1 in float32
 _LOGIT_STD = 0.3  # of a fresh router, whatever the width
 _P_FLOOR = 1e-4
+_THIN = 1e-9  # between two scores of a dial; nearer ones count as one
 
 
 class Router(nn.Module):
@@ -80,6 +83,7 @@ class RoutingCall:
     ) -> None:
         self.config, self.p, self.path, self.columns, self.kernel = config, p, path, columns, kernel
         self.order, self.valid, self.anchored, self.rule, self.record = order, valid, anchored, rule, record
+        self.dial = torch.tensor(config.dial, device=p.device) if config.dial else None
         self.documents: Tensor | None = None
         self.between: Tensor | None = None
         self.scores: dict[int, Tensor] = {}
@@ -97,6 +101,11 @@ class RoutingCall:
             self.scores[layer], self.routed[layer] = gate, run
         return run
 
+    def gate(self, logit: Tensor) -> Tensor:
+        """Scores g in [0, 1] from a router's logits [B, T], bent by the dial."""
+        raw = torch.sigmoid(logit)
+        return raw if self.dial is None else bend(raw, self.dial.to(raw.device))
+
     def threshold(self, layer: int) -> Tensor:
         """The rows' thresholds in one MoD layer, [B, 1]."""
         at = 0 if self.p.shape[1] == 1 else self.order.index(layer)
@@ -105,6 +114,27 @@ class RoutingCall:
     def real(self, like: Tensor) -> Tensor:
         """True at real tokens, False at padding, [B, T] like ``like``."""
         return torch.ones_like(like) if self.valid is None else self.valid.to(like.device)
+
+
+def bend(gate: Tensor, dial: Tensor) -> Tensor:
+    """Raw scores as the dial reads them, see ``MoDConfig.dial``: piecewise linear and rising, 0 to 1.
+
+    Args:
+        gate: raw scores in [0, 1], any shape, float32.
+        dial: [n].
+    """
+    at = torch.searchsorted(dial, gate.contiguous(), right=True)
+    ends = F.pad(F.pad(dial, (1, 0)), (0, 1), value=1.0)
+    low, high = ends[at], ends[at + 1]
+    return (at + ((gate - low) / (high - low).clamp_min(_THIN)).clamp(0, 1)) / (len(dial) + 1)
+
+
+def bend_one(gate: float, dial: Sequence[float]) -> float:
+    """``bend`` of one score, without tensors."""
+    at = bisect.bisect_right(dial, gate)
+    low = dial[at - 1] if at else 0.0
+    high = dial[at] if at < len(dial) else 1.0
+    return (at + min(1.0, max(0.0, (gate - low) / max(high - low, _THIN)))) / (len(dial) + 1)
 
 
 def top_share(gate: Tensor, share: Tensor) -> Tensor:

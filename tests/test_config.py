@@ -20,6 +20,7 @@ configs = st.builds(
     gate=st.sampled_from(["straight_through", "paper"]),
     anchors=st.integers(0, 100),
     kv=st.sampled_from(["evict", "keep"]),
+    dial=st.lists(st.floats(0.001, 0.999), max_size=20).map(sorted),
 )
 
 
@@ -124,3 +125,9 @@ def test_settings_that_are_no_dictionary_are_refused(values):
     """A damaged config file gives a sentence."""
     with pytest.raises(ValueError, match="must be a dictionary"):
         MoDConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("dial", [[0.5, 0.2], [0.0, 0.5], [0.5, 1.0], [0.5, float("nan")], ["a"], 0.5, [True]])
+def test_a_dial_that_does_not_rise_between_0_and_1_is_refused(dial):
+    with pytest.raises(ValueError, match="dial"):
+        MoDConfig(dial=dial)

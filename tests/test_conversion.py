@@ -317,22 +317,24 @@ def test_load_falls_as_p_rises(blocks):
 
 
 @pytest.mark.parametrize(("spread", "bias"), [(1.5, 1.5), (0.5, -0.5), (3.0, 0.0)])
-def test_fitting_the_dial_brings_load_nearer_to_one_minus_p(spread, bias, blocks):
-    """Shifted, flat or steep scores; what is reported is what was folded into the routers."""
+def test_fitting_the_dial_brings_load_to_one_minus_p(spread, bias, blocks):
+    """Shifted, flat or steep scores; what is reported is what was folded into the routers and the config."""
     model = mod_model("llama", spread=spread)
     for router in routers(model):
         router.bias.add_(bias)
     before = [(router.weight.clone(), router.bias.clone()) for router in routers(model)]
-
-    def error():
-        return np.mean([abs(evaluate(model, blocks, p).load - (1 - p)) for p in (0.2, 0.35, 0.5, 0.65, 0.8)])
-
-    off = error()
-    scale, shift = fit_dial(model, blocks)
-    assert error() < min(off, 0.1)
+    dial = fit_dial(model, blocks)
+    loads = [evaluate(model, blocks, p).load for p in (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)]
+    floor = 1 / 16  # the first token of 16 runs at every p
+    for p, reached in zip((0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9), loads, strict=True):
+        assert reached == pytest.approx(max(1 - p, floor), abs=0.03)
+    assert model.mod_config.dial == dial.knots
     for router, (weight, bias_before) in zip(routers(model), before, strict=True):
-        torch.testing.assert_close(router.weight, scale * weight, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(router.bias, scale * bias_before + shift, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(router.weight, dial.scale * weight, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(router.bias, dial.scale * bias_before + dial.shift, atol=1e-4, rtol=1e-4)
+    again = fit_dial(model, blocks)  # from scratch, whatever dial there was
+    assert evaluate(model, blocks, 0.5).load == pytest.approx(0.5, abs=0.03)
+    assert len(again.knots) == len(dial.knots)
 
 
 # The run
@@ -377,7 +379,8 @@ def test_a_run_writes_model_report_and_log(finished):
     ids = torch.arange(12)[None]
     assert_close(again(ids, p=0.5).logits, model.eval()(ids, p=0.5).logits)
     report = json.loads((out / "report.json").read_text())
-    assert report["mod"] == MoDConfig().to_dict()
+    assert report["mod"] == model.config.mod
+    assert {**report["mod"], "dial": []} == MoDConfig().to_dict()
     assert report["resumed"] is False
     assert [row["p"] for row in report["sweep"]] == [row.p for row in rows]
     assert [row["loss"] for row in report["sweep"]] == pytest.approx([row.loss for row in rows])

@@ -478,3 +478,20 @@ def test_a_quantisation_that_can_not_run_is_refused(tmp_path):
     folder = save_folder(dense_model("llama", intermediate_size=48), tmp_path)
     with pytest.raises(ValueError, match=r"4bit weights of this model can't run on cpu .*choose another"):
         load(folder, quantization="4bit")
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "gpt2"])
+def test_every_executor_reads_the_dial_alike(variant):
+    """Scores, decisions and tokens of a bent dial are those of the stock path, prefill and decode."""
+    model, ids = mod_model(variant, MoDConfig(dial=(0.35, 0.45, 0.5, 0.62))), tokens(1, 12)
+    p = safe_threshold(model, ids)
+    steps = list(generate(model, ids, p=p, max_new_tokens=8))
+    whole = torch.cat([ids, torch.tensor([[step.token for step in steps if not step.prefill]])], 1)
+    out = model(whole, p=p, routing="masked", use_cache=False, output_router_scores=True)
+    scores = torch.from_numpy(np.concatenate([step.scores for step in steps], 1))
+    routed = torch.from_numpy(np.concatenate([step.routed for step in steps], 1))
+    count = scores.shape[1]
+    assert_close(scores, torch.cat(out.router_scores)[:, :count])
+    assert torch.equal(routed, torch.cat(out.routed)[:, :count])
+    unbent = mod_model(variant)(ids, p=p, output_router_scores=True)
+    assert (torch.cat(unbent.router_scores) - scores[:, :12]).abs().max() > 0.05

@@ -4,7 +4,9 @@ by an affine change of the routers' logits that is folded into their weights."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from modification.measure.quality import evaluate
 from modification.routing import Router
 
 _LEVELS = np.linspace(0.1, 0.9, 9)
+_KNOTS = 19  # scores that the dial is bent at
 _RIDGE = 0.2  # of the features' mean square
 _SPREAD = 1.8  # standard deviation of fitted logits: that of a logistic distribution, whose load is 1 - p
 CALIBRATION_TOKENS = 8_192
@@ -130,29 +133,58 @@ def _standardise(routers: list[Router], sums: list[_Regression]) -> None:
         router.bias.sub_(centre).mul_(scale)
 
 
-@torch.no_grad()
-def fit_dial(model: Any, blocks: npt.NDArray[np.int32], rounds: int = 2) -> tuple[float, float]:
-    """Scale and shift all routers alike so that load is about 1 - p.
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """What made a model's dial true: routers' logits times ``scale`` plus ``shift``, then scores bent at ``knots``."""
 
-    Finds, for each load on a grid, the threshold that now reaches it, and fits logit(1 - load) as a
-    line in that threshold's logit. One line for all layers keeps their order of scores, and with it what
-    training learned. Returns the scale and shift that were applied.
+    scale: float
+    shift: float
+    knots: tuple[float, ...]
+
+
+@torch.no_grad()
+def fit_dial(model: Any, blocks: npt.NDArray[np.int32]) -> Dial:
+    """Make load about 1 - p, alike for all routers, which keeps the order of scores and what training learned.
+
+    First one scale and shift of all logits, folded into the routers, bring the scores apart and to the middle. What
+    is then left between load and 1 - p is bent away: ``MoDConfig.dial`` gets the scores at which each load is reached.
 
     Args:
         blocks: calibration text, [N, T] token ids.
-        rounds: repetitions; decisions in one layer move scores in the next.
     """
     model.eval()
-    scale, shift = 1.0, 0.0
-    for _ in range(rounds):
-        reached = np.array([1 - evaluate(model, blocks, float(p)).load for p in _LEVELS]).clip(0.005, 0.995)
-        wanted, current = _logit(reached), _logit(_LEVELS)
-        weight = np.sqrt(reached * (1 - reached))
-        slope, offset = np.polyfit(current, wanted, 1, w=weight)
-        slope = float(np.clip(slope, 0.25, 4.0))
-        _rescale(model, slope, float(offset))
-        scale, shift = scale * slope, shift * slope + float(offset)
-    return scale, shift
+    _set_dial(model, ())
+    scale, shift = _stretch(model, blocks)
+    knots = _knots(model, blocks)
+    _set_dial(model, knots)
+    return Dial(scale, shift, knots)
+
+
+def _stretch(model: Any, blocks: npt.NDArray[np.int32]) -> tuple[float, float]:
+    """Fit logit(1 - load) as a line in the threshold's logit and fold it into the routers."""
+    reached = np.array([1 - evaluate(model, blocks, float(p)).load for p in _LEVELS]).clip(0.005, 0.995)
+    wanted, current = _logit(reached), _logit(_LEVELS)
+    slope, offset = np.polyfit(current, wanted, 1, w=np.sqrt(reached * (1 - reached)))
+    slope = float(np.clip(slope, 0.1, 4.0))
+    _rescale(model, slope, float(offset))
+    return slope, float(offset)
+
+
+def _knots(model: Any, blocks: npt.NDArray[np.int32]) -> tuple[float, ...]:
+    """Thresholds at which the load is 1 - k / (n + 1), by interpolation between measured ones, twice over."""
+    wanted = [k / (_KNOTS + 1) for k in range(1, _KNOTS + 1)]
+    skipped = {0.0: 0.0, 1.0: 1.0}
+    tried = list(wanted)
+    for _ in range(2):
+        skipped |= {p: 1 - evaluate(model, blocks, p).load for p in tried if p not in skipped}
+        places = sorted(skipped)
+        shares = np.maximum.accumulate([skipped[p] for p in places])  # decisions move later scores, if little
+        tried = [float(p) for p in np.interp(wanted, shares + 1e-9 * np.arange(len(shares)), places)]
+    return tuple(np.maximum.accumulate(np.clip(tried, 1e-6, 1 - 1e-6)).tolist())
+
+
+def _set_dial(model: Any, knots: tuple[float, ...]) -> None:
+    model.config.mod = dataclasses.replace(model.mod_config, dial=knots).to_dict()
 
 
 def _rescale(model: Any, slope: float, offset: float) -> None:

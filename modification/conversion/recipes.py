@@ -67,7 +67,7 @@ class Recipe:
     p_range: tuple[float, float] = (0.02, 0.98)
     rule: Rule = "threshold"
     load: Load = "target"
-    penalty: float = 1.0
+    penalty: float = 0.5
     ce: float = 0.5
     kl: float = 0.5
     hidden: float = 0.0

@@ -107,10 +107,10 @@ def train(
     seconds = time.monotonic() - began
     if int(os.environ.get("RANK", "0")):  # the first process writes
         return []
-    scale, shift = fit_dial(model, _calibration(text.blocks, CALIBRATION_TOKENS))
+    dial = fit_dial(model, _calibration(text.blocks, CALIBRATION_TOKENS))
     facts = {
-        "mod": config.to_dict(), "seconds_this_run": round(seconds, 1), "resumed": last is not None,
-        "calibration": {"scale": scale, "shift": shift}, "benefits": benefits,
+        "mod": model.config.mod, "seconds_this_run": round(seconds, 1), "resumed": last is not None,
+        "calibration": dataclasses.asdict(dial), "benefits": benefits,
         "distributed": spread, "sources": list(text.names),
         **options.facts,
     }

@@ -20,7 +20,7 @@ from modification.config import Threshold, threshold_at
 from modification.executor.base import Executor, Pass
 from modification.executor.blocks import Block, Rotation, attend, stacked_routers
 from modification.executor.native import NativeDecoder
-from modification.routing import OPEN
+from modification.routing import OPEN, bend
 
 
 class Fast(Executor):
@@ -42,6 +42,8 @@ class Fast(Executor):
         self.base, self.anchors = model.model, model.mod_config.anchors
         self.rounded = (model.device.type, model.dtype) == ("cpu", torch.bfloat16)
         self.routers, self.biases = stacked_routers(blocks, model.config.hidden_size)
+        dial = model.mod_config.dial
+        self.dial = torch.tensor(dial, device=model.device) if dial else None
         self._project: Any = torch.compile(Block.project, dynamic=True) if compiled else Block.project
         self._finish: Any = torch.compile(Block.finish, dynamic=True) if compiled else Block.finish
 
@@ -148,7 +150,8 @@ class Fast(Executor):
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
         scale = torch.rsqrt(square + torch.finfo(torch.float32).eps)
         logits = F.linear(wide, self.routers[which]) * scale + self.biases[which]
-        return torch.sigmoid(torch.nan_to_num(logits, nan=OPEN))
+        gates = torch.sigmoid(torch.nan_to_num(logits, nan=OPEN))
+        return gates if self.dial is None else bend(gates, self.dial)
 
     def _head(self, x: Tensor) -> Tensor:
         out: Tensor = self.model.lm_head(self.base.norm(x))

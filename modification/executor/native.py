@@ -29,7 +29,7 @@ from modification.cache import RaggedCache
 from modification.config import Threshold, threshold_at
 from modification.executor.base import Pass
 from modification.executor.blocks import Block, stacked_routers
-from modification.routing import OPEN
+from modification.routing import OPEN, bend_one
 from modification.storage import Row
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -81,6 +81,7 @@ class NativeDecoder:
         # Storage must outlive a generation, even if the model is moved or cast meanwhile.
         self.kept = [weight.detach() for weight in model.parameters()]
         self.routers, self.biases = stacked_routers(blocks, config.hidden_size)
+        self.dial = model.mod_config.dial
         head, kv_heads = blocks[0].head, config.num_key_value_heads
         self.shape = _Shape(
             config.hidden_size, config.num_attention_heads, kv_heads, head, config.intermediate_size, len(self.biases),
@@ -108,7 +109,7 @@ class NativeDecoder:
             running: Sequence[int] = everyone
             if block.router is not None:
                 bounds = [_single(threshold_at(one, len(scores))) for one in p]
-                gates = [_gate(ahead[row * routers + len(scores)]) for row in everyone]
+                gates = [_gate(ahead[row * routers + len(scores)], self.dial) for row in everyone]
                 runs = [gates[row] >= bounds[row] or places[row] < self.anchors for row in everyone]
                 scores.append(gates)
                 routed.append(runs)
@@ -270,11 +271,12 @@ def _layer(block: Block) -> Any:
     return ctypes.pointer(_Layer(**found))
 
 
-def _gate(logit: float) -> float:
-    """sigmoid; NaN opens the gate, as in the router."""
+def _gate(logit: float, dial: Sequence[float]) -> float:
+    """sigmoid, bent by the dial; NaN opens the gate, as in the router."""
     if math.isnan(logit):
         logit = OPEN
-    return _single(1.0 / (1.0 + math.exp(-max(logit, -700.0))))
+    raw = _single(1.0 / (1.0 + math.exp(-max(logit, -700.0))))
+    return _single(bend_one(raw, dial)) if dial else raw
 
 
 def _single(value: float) -> float:
