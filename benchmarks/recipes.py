@@ -4,7 +4,8 @@
 
 Rivals: the dense parent tuned alike; whole layers dropped for good, one after the other, each choice the one that
 costs the parent least, tuned alike; tokens skipped by chance; and every recipe of the table, any-p with all three
-ways of tuning and with gates taught by the plain straight-through slope. Each is written to OUT/NAME.json; the table and plot are made of what lies there. One JSON line ends it.
+ways of tuning and with gates taught by the plain straight-through slope. Each is written to OUT/NAME.json; the table
+and plot are made of what lies there. One JSON line ends it.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ class Convert:
         self.recipe = gr.Dropdown(RECIPES, value="any-p", label="Recipe", elem_id="convert-recipe")
         self.tune = gr.Dropdown(TUNES, value="full", label="What is trained", elem_id="convert-tune")
         self.layers = gr.Textbox(
-            label="MoD layers", value="inner", info="inner, interleaved, indices like 1,3, or auto:K, the K least needed",
-            elem_id="convert-layers",
+            label="MoD layers", value="inner", elem_id="convert-layers",
+            info="inner, interleaved, indices like 1,3, or auto:K: the K least needed",
         )
         self.tokens = gr.Number(
             label="Training tokens", value=300_000, precision=0, minimum=1, elem_id="convert-tokens"
