@@ -33,6 +33,7 @@ from modification.conversion.recipes import Recipe
 from modification.conversion.train import Options, train
 from modification.measure.cost import ModelShape
 from modification.measure.quality import evaluate, sweep
+from modification.routing import is_router
 
 ASSETS = Path(__file__).resolve().parent
 HELD_OUT_BLOCKS = 48
@@ -71,7 +72,7 @@ def _convert(text: Path, parent: Path, tokenizer: Any, held_out: np.ndarray, out
 def _ship(model: Any, tokenizer: Any, folder: Path) -> None:
     """bf16 safetensors, routers in full precision, with the tokenizer."""
     for weight_name, weight in model.named_parameters():
-        if ".router." not in weight_name:
+        if not is_router(weight_name):
             weight.data = weight.data.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder)
@@ -86,7 +87,7 @@ def _measure(text: Path, tokenizer: Any, held_out: np.ndarray, dense: Path, mod:
     ids = [token for document in documents for token in document]
     per_token = len(tokenizer.decode(ids, skip_special_tokens=True).encode()) / len(ids)
     return {
-        "parameters": sum(p.numel() for n, p in parent.named_parameters() if ".router." not in n),
+        "parameters": sum(p.numel() for n, p in parent.named_parameters() if not is_router(n)),
         "mod_tokens": json.loads((mod / "report.json").read_text())["tokens"],
         "dense_loss": loss.loss, "dense_error": loss.error, "bits_per_byte": loss.loss / math.log(2) / per_token,
         "held_out_tokens": int(held_out.size), "val_documents": len(documents),

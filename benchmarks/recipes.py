@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python -m benchmarks.recipes PARENT TEXT OUT --layers 1,3 --tokens 1500000 [--only any-p,dense]
 
-Rivals: the dense parent tuned alike; whole layers dropped for good, one after the other, each choice the one that
-costs the parent least, tuned alike; tokens skipped by chance; and every recipe of the table, any-p with all three
-ways of tuning and with gates taught by the plain straight-through slope. Each is written to OUT/NAME.json; the table
-and plot are made of what lies there. One JSON line ends it.
+Rivals: the dense parent tuned alike; whole layers dropped for good and the rest tuned alike (each alone and all where
+there are three or fewer, else those that cost the parent least, one after the other); tokens skipped by chance; and
+every recipe of the table, any-p with all three ways of tuning and with gates taught by the plain straight-through
+slope. Each is written to OUT/NAME.json; the table and plots are made of what lies there. One JSON line ends it.
 """
 
 from __future__ import annotations
@@ -59,12 +59,21 @@ class Bench:
             return named(name, block=a.block)
         return named(name, tokens=a.tokens, block=a.block, batch=a.batch, lr=a.lr, bf16=a.bf16, **changes)
 
+    def drops(self) -> list[list[int]]:
+        """Sets of layers to drop: every one alone where there are three or fewer, else the cheapest so many."""
+        count = len(self.indices)
+        if count <= 3:
+            return [[at] for at in self.indices] + ([list(self.indices)] if count > 1 else [])
+        order = cheapest(self.parent()[0], self.indices, count, self.text.blocks[:16])
+        return [order[: max(1, round(count * share))] for share in (0.25, 0.5, 0.75, 1.0)]
+
     def converted(self, name: str, recipe: Recipe, model: Any = None, layers: Any = None) -> Any:
         """A conversion of the parent, or of ``model``; done at most once."""
         folder = self.out / "models" / name
         if not (folder / "report.json").is_file():
             model = model or self.parent()[0]
-            train(model, self.tokenizer, MoDConfig(layers=layers or self.layers), recipe, self.text, folder)
+            config, teacher = MoDConfig(layers=layers or self.layers), self.parent()[0]
+            train(model, self.tokenizer, config, recipe, self.text, folder, None, teacher)
         return load(folder, dtype=torch.float32)[0]
 
 
@@ -87,17 +96,21 @@ def dense(bench: Bench) -> list[dict[str, float]]:
     return curve(model, bench.text)[:1]
 
 
-def static(bench: Bench, count: int) -> list[dict[str, float]]:
-    """``count`` layers dropped for good and the rest tuned alike; load is of the layers that would be MoD layers."""
+def static(bench: Bench, dropped: list[int]) -> list[dict[str, float]]:
+    """Layers dropped for good and the rest tuned alike; load is of the layers that would be MoD layers."""
     model = bench.parent()[0]
-    dropped = cheapest(model, bench.indices, count, bench.text.blocks[:16])
+    depth, whole = model.config.num_hidden_layers, len(bench.indices)
     without(model, dropped)
-    last = model.config.num_hidden_layers - 1
     tuned = bench.converted(
-        f"static-{count}", bench.recipe("any-p", dense_share=1.0, load="none"), model, (last,)
+        _static_name(dropped), bench.recipe("any-p", dense_share=1.0, load="none"), model, (depth - len(dropped) - 1,)
     )
-    one, whole = curve(tuned, bench.text)[0], len(bench.indices)
-    return [{**one, "load": 1 - count / whole, "dropped": dropped}]  # type: ignore[dict-item]
+    one = curve(tuned, bench.text)[0]
+    # Near enough: the head's share of compute is left out.
+    return [{**one, "load": 1 - len(dropped) / whole, "compute": 1 - len(dropped) / depth}]
+
+
+def _static_name(dropped: list[int]) -> str:
+    return "static-" + "-".join(map(str, sorted(dropped)))
 
 
 def random_skipping(bench: Bench) -> list[dict[str, float]]:
@@ -157,11 +170,9 @@ def without(model: Any, dropped: list[int]) -> None:
 
 def entries(bench: Bench) -> dict[str, Callable[[], list[dict[str, float]]]]:
     """What is compared, by name."""
-    count = len(bench.indices)
-    drops = sorted({max(1, round(count * share)) for share in (0.25, 0.5, 0.75)} | {count})
     return {
         "dense": lambda: dense(bench),
-        **{f"static-{n}": (lambda n=n: static(bench, n)) for n in drops},
+        **{_static_name(drop): (lambda drop=drop: static(bench, drop)) for drop in bench.drops()},
         "random": lambda: random_skipping(bench),
         "calibrate": lambda: recipe_curve(bench, "calibrate"),
         "paper": lambda: recipe_curve(bench, "paper"),
@@ -191,7 +202,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     curves = {name: value["curve"] for name, value in found.items() if not name.startswith("static")}
     drops = [row for name, value in found.items() if name.startswith("static") for row in value["curve"]]
     if drops and "dense" in found:
-        curves = {"static dropping (straight between)": [*drops, *found["dense"]["curve"]], **curves}
+        curves = {"static dropping (straight between)": [*_best(drops), *found["dense"]["curve"]], **curves}
     lines = ["| recipe | " + " | ".join(f"load {load:g}" for load in LOADS) + " |", "|---" * (1 + len(LOADS)) + "|"]
     for name, rows in curves.items():
         cells = [at_load(rows, load) for load in LOADS]
@@ -199,22 +210,37 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """Held-out loss over load, a line a recipe."""
-    import plotly.graph_objects as go
+def _best(drops: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The best static dropping at each load."""
+    return [min((row for row in drops if row["load"] == load), key=lambda row: row["loss"])
+            for load in {row["load"] for row in drops}]
 
-    figure = go.Figure()
-    drops = [row for name, value in found.items() if name.startswith(("static", "dense")) for row in value["curve"]]
-    if drops:
-        drops.sort(key=lambda row: row["load"])
-        figure.add_scatter(x=[r["load"] for r in drops], y=[r["loss"] for r in drops], name="static dropping",
-                           mode="lines+markers", line={"dash": "dot"})
-    for name, value in found.items():
-        if not name.startswith(("static", "dense")):
-            rows = value["curve"]
-            figure.add_scatter(x=[r["load"] for r in rows], y=[r["loss"] for r in rows], name=name, mode="lines")
-    figure.update_layout(template="plotly_white", xaxis_title="load of the MoD layers (measured)",
-                         yaxis_title="held-out loss, nats per token (measured)", title="Recipes at equal tokens")
+
+def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Held-out loss over load, over counted compute, and over measured seconds per token; a line a recipe."""
+    from plotly.subplots import make_subplots
+
+    axes = {"load": "load of the MoD layers (measured)", "compute": "compute, share of dense (counted)",
+            "seconds_per_token": "prefill seconds per token (measured)"}
+    figure = make_subplots(rows=1, cols=len(axes), subplot_titles=list(axes.values()), shared_yaxes=True)
+    statics = [row for name, value in found.items() if name.startswith("static") for row in value["curve"]]
+    lines = {name: value["curve"] for name, value in found.items() if not name.startswith(("static", "dense"))}
+    if statics and "dense" in found:
+        lines["static dropping"] = [*_best(statics), *({**row, "compute": 1.0} for row in found["dense"]["curve"])]
+    colours = (
+        "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888", "#000000", "#cc6600", "#004488",
+    )
+    for at, (name, rows) in enumerate(lines.items()):
+        for column, axis in enumerate(axes, 1):
+            mine = sorted((row for row in rows if axis in row), key=lambda row: row[axis])
+            figure.add_scatter(
+                x=[row[axis] for row in mine], y=[row["loss"] for row in mine], name=name, legendgroup=name,
+                showlegend=column == 1, mode="lines+markers" if axis != "load" else "lines",
+                line={"color": colours[at % len(colours)], "dash": "dot" if name == "static dropping" else "solid"},
+                row=1, col=column,
+            )
+    figure.update_layout(template="plotly_white", yaxis_title="held-out loss, nats per token (measured)",
+                         title="Recipes at equal tokens")
     figure.write_html(path, include_plotlyjs="directory")
 
 

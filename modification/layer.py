@@ -58,8 +58,8 @@ class MoDLayer(nn.Module):
         cache = kwargs[self.family.cache_argument]
         store = None if cache is None else cache.layers[self.layer_index]
         logit = self.router(hidden_states)
-        gate = call.gate(logit)
-        run = call.decide(self.layer_index, gate)
+        gate = torch.sigmoid(logit)
+        run = call.decide(self.layer_index, call.read(gate))
         if call.path == "masked":
             return self._masked(hidden_states, logit, gate, run, call, store, kwargs)
         return self._gathered(hidden_states, gate, run, call, store, kwargs)
@@ -113,9 +113,18 @@ class MoDLayer(nn.Module):
         mask = self._gathered_mask(columns, keys, slots, chosen, call, kwargs)
         arguments = self._arguments(kwargs, call, slots, mask, keys, chosen.rows)
         if chosen.index.shape == run.shape and chosen.filled is None:
-            return self._block(x, gate, call, arguments)
+            return self._taught(x, self._block(x, gate, call, arguments), gate, call, chosen.rows)
         arguments.update(_gathered_positions(kwargs, chosen))
-        return chosen.scatter(x, self._block(chosen.gather(x), chosen.gather(gate), call, arguments))
+        some, some_gates = chosen.gather(x), chosen.gather(gate)
+        y = self._block(some, some_gates, call, arguments)
+        return chosen.scatter(x, self._taught(some, y, some_gates, call, chosen.rows))
+
+    def _taught(self, x: Tensor, y: Tensor, gate: Tensor, call: RoutingCall, rows: Tensor) -> Tensor:
+        """Outputs y [R, N, D] of tokens that ran, with the straight-through slope for their gates [R, N]."""
+        if call.config.gate != "straight_through" or not gate.requires_grad:
+            return y
+        slope = straight_through(torch.logit(gate, eps=1e-6), call.threshold(self.layer_index)[rows])
+        return y + slope[..., None].to(y.dtype) * (y - x).detach()
 
     def _store_skipped(
         self, x: Tensor, skipped: Tensor, call: RoutingCall, store: RaggedLayer, kwargs: Arguments

@@ -335,7 +335,7 @@ def mod_model_class(dense_class: type[PreTrainedModel], family: Family) -> type[
         "takes_positions": "position_ids" in inspect.signature(dense_class.forward).parameters,
         "config_class": mod_config_class(dense_class.config_class),
         "_no_split_modules": [*(dense_class._no_split_modules or [])],
-        "_keep_in_fp32_modules_strict": {*(dense_class._keep_in_fp32_modules_strict or []), "router"},
+        "_keep_in_fp32_modules_strict": {*(dense_class._keep_in_fp32_modules_strict or []), r"\d+\.router"},
         "__module__": __name__,
         "__doc__": MoDModel.__doc__,
     }

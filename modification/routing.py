@@ -6,6 +6,7 @@ Boundary: tensors in, tensors out; knows neither layers nor caches.
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,13 @@ INITIAL_BIAS = {"straight_through": 2.0, "paper": 4.0}
 OPEN = 40.0  # a logit at which the gate is 1 in float32
 _LOGIT_STD = 0.3  # of a fresh router, whatever the width
 _P_FLOOR = 1e-4
+_ROUTER = re.compile(r"(?:^|\.)\d+\.router\.(?:weight|bias)$")
 _THIN = 1e-9  # between two scores of a dial; nearer ones count as one
+
+
+def is_router(name: str) -> bool:
+    """Whether a parameter's name is a MoD router's, and not that of a mixture of experts."""
+    return _ROUTER.search(name) is not None
 
 
 class Router(nn.Module):
@@ -101,10 +108,9 @@ class RoutingCall:
             self.scores[layer], self.routed[layer] = gate, run
         return run
 
-    def gate(self, logit: Tensor) -> Tensor:
-        """Scores g in [0, 1] from a router's logits [B, T], bent by the dial."""
-        raw = torch.sigmoid(logit)
-        return raw if self.dial is None else bend(raw, self.dial.to(raw.device))
+    def read(self, gate: Tensor) -> Tensor:
+        """Scores in [0, 1] as the dial reads gates [B, T]; what scales a block is the gate itself."""
+        return gate if self.dial is None else bend(gate, self.dial.to(gate.device))
 
     def threshold(self, layer: int) -> Tensor:
         """The rows' thresholds in one MoD layer, [B, 1]."""

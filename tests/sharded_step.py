@@ -42,8 +42,9 @@ def steps(model: torch.nn.Module, rows: slice) -> list[float]:
 
 def fresh() -> torch.nn.Module:
     """The same MoD model in every process."""
+    dense = dense_model("llama")
     torch.manual_seed(0)
-    return convert(dense_model("llama"), MoDConfig()).train()
+    return convert(dense, MoDConfig()).train()
 
 
 def main() -> None:

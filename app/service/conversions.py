@@ -162,6 +162,8 @@ class Conversions:
                 f"{plan.tokens:,} tokens are {plan.steps} steps of {plan.block * plan.batch:,}: give at least "
                 f"{10 * plan.block * plan.batch:,}."
             )
+        if (self.folder / plan.name / "report.json").is_file():
+            raise UserError(f"{plan.name} is a finished model already: choose another name.")
         if not _path(plan.data).is_file():
             raise UserError(f"There is no text file at {plan.data}. Upload one, or give its path.")
         return _path(self.folder) / plan.name
@@ -180,7 +182,8 @@ class Conversions:
         try:
             last = last_checkpoint(out / "checkpoints")
             # What an earlier run logged beyond its last checkpoint is done again.
-            drop_redone(out / "log.jsonl", int(last.rpartition("-")[2]) if last else 0)
+            if plan.resume:
+                drop_redone(out / "log.jsonl", int(last.rpartition("-")[2]) if last else 0)
             fresh = len(_log(out / "log.jsonl"))
             process = self._start(plan, out, output)
         except BaseException:

@@ -13,6 +13,7 @@ from modification.executor import executor_of
 from modification.generate import generate
 from modification.loading import encode_prompt, load, load_dense_or_mod
 from modification.model import MoDModel, convert
+from modification.routing import is_router
 
 
 def add(commands: Any) -> None:
@@ -91,7 +92,7 @@ def _convertible(model: Any) -> dict[str, Any]:
     except ConversionError as error:
         return {"family": None, "can_be_mod_layers": [], "mod_layers": [], "mod": None, "refused": str(error)}
     layers = list(model.mod_layers)
-    routers = sum(weight.numel() for name, weight in model.named_parameters() if ".router." in name)
+    routers = sum(weight.numel() for name, weight in model.named_parameters() if is_router(name))
     known = model.family.model_type in FAMILIES
     return {
         "kv_bytes_per_token_dense": _kv_bytes(model),

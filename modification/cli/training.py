@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from modification.architectures import ConversionError
+from modification.architectures import ConversionError, family_of
 from modification.cli.shared import layers_of, numbers
 from modification.config import MoDConfig
 from modification.conversion import layers as choosing
@@ -47,6 +48,7 @@ def add(commands: Any) -> None:
     text.add_argument("--responses", action="store_true", help="learn what the assistant says alone")
     text.add_argument("--held-out", type=int, help="blocks kept for the report (default: an eighth, at most 128)")
     text.add_argument("--held-out-data", metavar="SOURCE", help="take them from here")
+    text.add_argument("--held-out-split", help="and of there only rows whose `split` is this")
     how = convert.add_argument_group("recipe")
     how.add_argument("--recipe", default="any-p", choices=list(RECIPES), help="default: %(default)s")
     how.add_argument("--tune", choices=["full", "lora", "router"], help="what is trained (default: full)")
@@ -100,13 +102,19 @@ _TERMS = {
 
 def _convert(arguments: argparse.Namespace) -> None:
     recipe = _recipe(arguments)
+    if arguments.load_in_4bit and recipe.tune == "lora":
+        arguments.keep_adapter = True  # 4-bit weights can't take a change in
     if arguments.keep_adapter and recipe.tune != "lora":
         raise ValueError("--keep-adapter: only --tune lora makes an adapter")
     reading = Reading(
         tuple(arguments.data), tuple(numbers("--shares", arguments.shares, float)) if arguments.shares else None,
-        arguments.split, arguments.responses, arguments.held_out, arguments.held_out_data, arguments.reweight,
+        arguments.split, arguments.responses, arguments.held_out, arguments.held_out_data, arguments.held_out_split,
+        arguments.reweight,
     )
     model, tokenizer = _parent(arguments, recipe)
+    family_of(model)  # refused before any work
+    if not arguments.layers.startswith("auto"):
+        MoDConfig(layers=layers_of(arguments.layers)).layer_indices(model.config.num_hidden_layers)
     text = read_text(reading, tokenizer, model, recipe.tokens, recipe.block, arguments.seed)
     layers, ranking = _layers(arguments.layers, model, text)
     config = MoDConfig(layers=layers, kv=arguments.kv)
@@ -140,11 +148,16 @@ def _parent(arguments: argparse.Namespace, recipe: Recipe) -> tuple[PreTrainedMo
     if quantization and not torch.cuda.is_available():
         raise ValueError("--load-in-4bit: training on 4-bit weights needs CUDA, and there is none here")
     model, tokenizer = load_dense_or_mod(
-        arguments.parent, dtype=None if quantization else torch.float32, quantization=quantization
+        arguments.parent, dtype=None if quantization else torch.float32, quantization=quantization, device_map=_device()
     )
     if isinstance(model, MoDModel):
         raise ConversionError(f"{arguments.parent} is a MoD model already: give its dense parent")
     return model, tokenizer
+
+
+def _device() -> str | None:
+    """This process's GPU, if there are any."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else None
 
 
 def _layers(asked: str, model: Any, text: Text) -> tuple[Any, list[float] | None]:

@@ -146,15 +146,16 @@ class Dial:
 def fit_dial(model: Any, blocks: npt.NDArray[np.int32]) -> Dial:
     """Make load about 1 - p, alike for all routers, which keeps the order of scores and what training learned.
 
-    First one scale and shift of all logits, folded into the routers, bring the scores apart and to the middle. What
-    is then left between load and 1 - p is bent away: ``MoDConfig.dial`` gets the scores at which each load is reached.
+    First one scale and shift of all logits, folded into the routers, bring the scores apart and to the middle; not
+    where gates scale their blocks, which would change what the model says. What is then left between load and 1 - p is
+    bent away: ``MoDConfig.dial`` gets the scores at which each load is reached.
 
     Args:
         blocks: calibration text, [N, T] token ids.
     """
     model.eval()
     _set_dial(model, ())
-    scale, shift = _stretch(model, blocks)
+    scale, shift = (1.0, 0.0) if model.mod_config.gate == "paper" else _stretch(model, blocks)
     knots = _knots(model, blocks)
     _set_dial(model, knots)
     return Dial(scale, shift, knots)

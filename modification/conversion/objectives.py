@@ -84,10 +84,8 @@ def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _mean(values: Tensor, kept: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is None:
-        return values.mean()
-    each = weights[:, None].expand(kept.shape)[kept]
-    return (values * each).sum() / each.sum()
+    each = torch.ones_like(values) if weights is None else weights[:, None].expand(kept.shape)[kept].to(values)
+    return (values * each).sum() / each.sum().clamp_min(1e-6)  # nothing labelled: 0
 
 
 def hidden_distance(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:

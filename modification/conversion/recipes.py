@@ -39,11 +39,9 @@ class Recipe:
         tune: "full" trains all weights; "lora" a low-rank change of the projections, with the parent's weights
             fixed; "router" the routers alone.
         lora_rank: rank of that change.
-        bands: routers start in bands by their layers' measured influence, least first, so that moving p skips
-            one layer after the other before anything is learnt; without, all start open.
         fit: no training: routers are fitted in closed form to the measured benefit of their layers.
         path: "masked" computes every token in training and hides the skipped ones, whose gates then learn too;
-            "gathered" really skips, and only tokens that run teach their gates.
+            "gathered" really skips, and tokens that run teach their gates by the straight-through slope alone.
         tokens: training tokens in all.
         block: tokens per row.
         batch: rows per step, over all processes.
@@ -73,7 +71,6 @@ class Recipe:
     hidden: float = 0.0
     tune: Tune = "full"
     lora_rank: int = 16
-    bands: bool = False
     fit: bool = False
     path: Literal["masked", "gathered"] = "masked"
     tokens: int = 3_000_000
@@ -96,7 +93,9 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate}: a batch of {self.batch} can't be split in so many parts")
-        if self.tokens < self.block * self.batch:
+        if self.fit and self.tokens < self.block:
+            raise ValueError(f"tokens={self.tokens}: must be at least one block of {self.block}")
+        if not self.fit and self.tokens < self.block * self.batch:
             raise ValueError(
                 f"tokens={self.tokens}: one step takes {self.block * self.batch} (block {self.block} x batch "
                 f"{self.batch}); give at least that many"
@@ -110,9 +109,11 @@ class Recipe:
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < 1:
                 raise ValueError(f"{name}={rate}: must be above 0 and below 1")
-        for name in ("ce", "kl", "hidden"):
+        for name in ("ce", "kl", "hidden", "penalty"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: a weight must be 0 or more")
+        if self.load == "steered" and not self.penalty:
+            raise ValueError("penalty=0: the factor that is steered starts there; give one above 0")
         if self.p is not None and not 0 < self.p < 1:
             raise ValueError(f"p={self.p}: a threshold to train for must be above 0 and below 1")
         low, high = self.p_range

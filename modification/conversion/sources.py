@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Reading:
         split: only rows whose ``split`` field is this; of a data set, its split.
         responses: learn what the assistant says alone.
         held_out: blocks kept for the report; None: an eighth, at most 128.
-        held_out_source: another source for them.
+        held_out_source, held_out_split: another source for them, and its split. Held-out loss is over all tokens.
         reweight: see ``Text``.
     """
 
@@ -40,6 +41,7 @@ class Reading:
     responses: bool = False
     held_out: int | None = None
     held_out_source: str | None = None
+    held_out_split: str | None = None
     reweight: bool = False
 
     def __post_init__(self) -> None:
@@ -50,6 +52,10 @@ class Reading:
                 raise ValueError(f"{len(self.shares)} shares for {len(self.sources)} sources: give one for each")
             if not all(share > 0 for share in self.shares):
                 raise ValueError(f"shares {list(self.shares)}: each must be above 0")
+        if self.held_out_source in self.sources and self.held_out_split == self.split:
+            raise ValueError(f"{self.held_out_source} is training text too: hold out another source, or another split")
+        if self.reweight and len(self.sources) < 2:
+            raise ValueError("reweighting moves weights between sources: name two or more")
         if self.held_out is not None and self.held_out < 1:
             raise ValueError(f"held out {self.held_out}: must be 1 block or more")
 
@@ -75,7 +81,8 @@ def read_text(reading: Reading, tokenizer: Any, model: Any, tokens: int, block: 
         blocks.append(own[count:])
         sources.append(np.full(len(own) - count, at))
     if reading.held_out_source:
-        found = documents(reading.held_out_source, tokenizer, model, reading, apart * block, seed + 1)
+        other = dataclasses.replace(reading, split=reading.held_out_split, held_out_source=None, reweight=False)
+        found = documents(reading.held_out_source, tokenizer, model, other, apart * block, seed + 1)
         held_out = [pack(found, block, apart * block)]
     order = np.random.default_rng(seed).permutation(sum(map(len, blocks)))
     return Text(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
@@ -86,11 +90,13 @@ def train(
     if recipe.steps and len(text.blocks) < recipe.batch:
         raise ValueError(f"the text gives {len(text.blocks)} blocks of {recipe.block} tokens, fewer than a batch of "
                          f"{recipe.batch}: give more text, or a smaller batch or block")
-    last = _claim(out, options.resume)
-    _check_room(out, model)
+    _check_launch(recipe, options)
     config = dataclasses.replace(config, gate=recipe.gate)
-    _check_same_run(out / RUN, recipe, config, text, resumed=last is not None)
-    if teacher is None and (recipe.kl or recipe.hidden) and recipe.steps:
+    with _first_process_first():
+        last = _claim(out, options.resume)
+        _check_room(out, model, recipe)
+        _check_same_run(out / RUN, recipe, config, text, options, resumed=last is not None)
+    if teacher is None and (recipe.kl or recipe.hidden or text.reweight) and recipe.steps:
         teacher = copy.deepcopy(model)
     _check_teacher(teacher, model)
     torch.manual_seed(recipe.seed)
@@ -164,10 +170,18 @@ def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint; a half-written one, left by a kill, is removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     while found:
-        if (found[-1] / "trainer_state.json").is_file():  # written last
+        if _is_json(found[-1] / "trainer_state.json"):  # written last
             return str(found[-1])
         shutil.rmtree(found.pop())
     return None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _claim(out: Path, resume: bool) -> str | None:
@@ -181,16 +195,17 @@ def _claim(out: Path, resume: bool) -> str | None:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"{out} can't be written: {error.strerror or error}") from error
     return last
 
 
-def _check_room(out: Path, model: PreTrainedModel) -> None:
-    """Three checkpoints of weights and Adam's moments may lie there at a time, and the model itself."""
+def _check_room(out: Path, model: PreTrainedModel, recipe: Recipe) -> None:
+    """Three checkpoints may lie there at a time, of weights and Adam's moments of those trained; and the model."""
     weights = sum(weight.numel() * 4 for weight in model.parameters())
-    wanted, free = (3 * 3 + 1) * weights, shutil.disk_usage(out).free
+    copies = 0 if recipe.fit else 9 if recipe.tune == "full" else 3
+    wanted, free = (copies + 1) * weights, shutil.disk_usage(out).free
     if free < wanted:
         raise OSError(f"{out} has {free / 1e9:.1f} GB free and checkpoints may take {wanted / 1e9:.1f} GB (estimated): "
                       "make room, or choose a folder on another disk")
@@ -211,11 +226,38 @@ def _calibration(blocks: npt.NDArray[np.int32], tokens: int) -> npt.NDArray[np.i
     return np.where(chosen < 0, -1 - chosen, chosen).astype(np.int32)
 
 
-def _check_same_run(path: Path, recipe: Recipe, config: MoDConfig, text: Text, resumed: bool) -> None:
+def _check_launch(recipe: Recipe, options: Options) -> None:
+    """What this machine or these processes can't do, before anything is done."""
+    world, gpus = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count()
+    if options.fsdp and (world == 1 or not gpus):
+        raise ValueError("FSDP needs several processes (accelerate launch), each with an accelerator of its own")
+    if options.fsdp and recipe.tune == "lora":
+        raise ValueError("FSDP with LoRA is not supported: tune all weights, or leave FSDP out")
+    if world == 1 and gpus > 1 and recipe.steps:
+        raise ValueError(f"one process and {gpus} GPUs: start with accelerate launch, or set CUDA_VISIBLE_DEVICES=0")
+    if recipe.batch % (recipe.accumulate * world):
+        raise ValueError(f"a batch of {recipe.batch} rows can't be split over {world} processes and "
+                         f"{recipe.accumulate} parts: choose another --batch")
+
+
+@contextlib.contextmanager
+def _first_process_first() -> Iterator[None]:
+    """Where there are several processes, the first one goes through before the others."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    with PartialState().main_process_first():
+        yield
+
+
+def _check_same_run(
+    path: Path, recipe: Recipe, config: MoDConfig, text: Text, options: Options, resumed: bool
+) -> None:
     """A resumed run must be the one that was started: same recipe, settings and text."""
     run = {
         **dataclasses.asdict(recipe), **config.to_dict(), "training_tokens": int(text.blocks.size),
-        "sources": list(text.names),
+        "sources": list(text.names), "reweight": text.reweight, "parent": options.facts.get("parent"),
+        "text": hashlib.sha256(text.blocks.tobytes() + text.held_out.tobytes()).hexdigest()[:16],
     }
     run = json.loads(json.dumps(run))
     if resumed and path.is_file():
@@ -223,7 +265,8 @@ def _check_same_run(path: Path, recipe: Recipe, config: MoDConfig, text: Text, r
         changed = [f"{name} {before.get(name)} (now {run[name]})" for name in run if before.get(name) != run[name]]
         if changed:
             raise ValueError(f"{path.parent} was started with {', '.join(changed)}: resume with the same settings")
-    path.write_text(json.dumps(run, indent=1), encoding="utf-8")
+    if int(os.environ.get("RANK", "0")) == 0:
+        path.write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 
 def _run(
@@ -234,7 +277,8 @@ def _run(
     trainer = _trainer(model, teacher, recipe, text, out, options)
     with asked_to_end() as asked:
         trainer.add_callback(SaveAndStop(asked))
-        trainer.train(resume_from_checkpoint=last)
+        with _disk_errors(out):
+            trainer.train(resume_from_checkpoint=last)
     if asked.is_set():
         raise InterruptedError(f"stopped at step {trainer.state.global_step} of {recipe.steps}: --resume goes on")
     spread = trainer.accelerator.distributed_type.value
@@ -247,16 +291,24 @@ def _run(
     return whole, spread
 
 
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """What writers raise on a full disk, as an OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{out}: weights could not be written ({error}); the last checkpoint stays") from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "file write failed" not in str(error):
+            raise
+        raise OSError(f"{out}: a checkpoint could not be written, is the disk full? The last one stays") from error
+
+
 def _trainer(
     model: PreTrainedModel, teacher: nn.Module | None, recipe: Recipe, text: Text, out: Path, options: Options
 ) -> ConversionTrainer:
-    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1"))
-    if options.fsdp and (world == 1 or not cuda):
-        raise ValueError("FSDP needs several processes (accelerate launch), each with an accelerator of its own")
-    parts = recipe.accumulate * world
-    if recipe.batch % parts:
-        raise ValueError(f"a batch of {recipe.batch} rows can't be split over {world} processes and "
-                         f"{recipe.accumulate} parts: choose another --batch")
+    cuda = torch.cuda.is_available()
+    parts = recipe.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
         output_dir=str(out / CHECKPOINTS), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch // parts,
         gradient_accumulation_steps=recipe.accumulate,

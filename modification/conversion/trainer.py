@@ -69,6 +69,8 @@ class ConversionTrainer(Trainer):
     def __init__(self, recipe: Recipe, teacher: nn.Module | None, **kwargs: Any) -> None:
         self.recipe, self.layers = recipe, len(kwargs["model"].mod_layers)
         super().__init__(**kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it over accumulated parts
+        self._place = (-1, -1)  # the optimiser's step, and which of its parts came last
         self.teacher = None if teacher is None else teacher.to(self.args.device)
         self._sums: dict[str, Tensor] = {}
         self._count, self._since = 0, time.monotonic()
@@ -94,6 +96,7 @@ class ConversionTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        self._place = (self.state.global_step, self._place[1] + 1 if self._place[0] == self.state.global_step else 0)
         recipe, labels, sources = self.recipe, inputs.pop("labels"), inputs.pop("source", None)
         p = self.thresholds(len(labels)).to(labels.device)
         taught, between = self._taught(inputs), self.between(*labels.shape)
@@ -137,7 +140,7 @@ class ConversionTrainer(Trainer):
 
     def _noise(self, kind: int) -> torch.Generator:
         """The same for a step whatever ran before it, and however many processes."""
-        step = self.state.global_step * self.recipe.accumulate + self._micro_step()
+        step = self._place[0] * self.recipe.accumulate + self._place[1]
         return torch.Generator().manual_seed((self.recipe.seed * 1_000_003 + step) * 2 + kind)
 
     def _own(self, drawn: Tensor, rows: int) -> Tensor:
@@ -153,10 +156,6 @@ class ConversionTrainer(Trainer):
             self._sums, self._count = {}, 0
         super().log(logs, *args, **kwargs)
 
-    def _micro_step(self) -> int:
-        """Which of the optimiser step's parts this is."""
-        return 0 if self.recipe.accumulate == 1 else self._count % self.recipe.accumulate
-
     def _student(self, model: Any, inputs: dict[str, Tensor], p: Tensor, between: Tensor | None) -> Any:
         if between is not None:
             between = torch.cat([torch.ones_like(between), between])[-len(p) :].to(p.device)
@@ -169,7 +168,7 @@ class ConversionTrainer(Trainer):
     @torch.no_grad()
     def _taught(self, inputs: dict[str, Tensor]) -> Any:
         """What the teacher says, if anything of it is wanted."""
-        if self.teacher is None or not (self.recipe.kl or self.recipe.hidden):
+        if self.teacher is None or not (self.recipe.kl or self.recipe.hidden or self.mixing):
             return None
         return self.teacher(**inputs, use_cache=False, output_hidden_states=self.recipe.hidden > 0)
 
@@ -269,7 +268,10 @@ class SaveAndStop(TrainerCallback):
         self.asked = asked
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked.is_set():
+        asked = torch.tensor(float(self.asked.is_set()), device=args.device)
+        if args.world_size > 1:  # all stop after the same step
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        if asked:
             control.should_save = control.should_training_stop = True
 
 
@@ -304,4 +306,5 @@ def drop_redone(log: Path, step: int) -> None:
     """Forget log lines of steps after ``step``, which a resumed run does again."""
     if log.is_file():
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+        log.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from modification.conversion.recipes import Recipe, default_lr
 from modification.loading import ADAPTER
+from modification.routing import is_router
 
 
 def prepare(model: PreTrainedModel, recipe: Recipe) -> Callable[[Path | None], None]:
@@ -28,11 +29,6 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Callable[[Path | None], N
     for name, weight in model.named_parameters():
         weight.requires_grad_(is_router(name))
     return _nothing if recipe.tune == "router" else _adapt(model, recipe.lora_rank)
-
-
-def is_router(name: str) -> bool:
-    """Whether a parameter belongs to a router."""
-    return ".router." in name
 
 
 def optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
@@ -64,11 +60,13 @@ def _adapt(model: PreTrainedModel, rank: int) -> Callable[[Path | None], None]:
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections, bias="none")
     # The adapters go into the model itself; the wrapper is needed to take them out again.
     wrapper: Any = get_peft_model(model, config)
+    model._hf_peft_config_loaded = bool(getattr(model, "is_quantized", False))  # Trainer asks, of quantised models
     for name, weight in model.named_parameters():
         if is_router(name):
             weight.requires_grad_(True)
 
     def finish(folder: Path | None) -> None:
+        model._hf_peft_config_loaded = False
         if folder is None:
             wrapper.merge_and_unload()
         else:

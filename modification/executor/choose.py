@@ -12,6 +12,7 @@ from modification.executor.base import Executor, Stock
 from modification.executor.blocks import blocks_of
 from modification.executor.fast import Fast
 from modification.executor.native import NativeDecoder, library, native_obstacle
+from modification.routing import is_router
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies don't depend on the length
 PROBE = 24  # tokens of the check: a prompt, more of it, then single tokens
@@ -106,6 +107,6 @@ def _signature(model: Any) -> tuple[Any, ...]:
     """Changes with the weights' places and types, the modules' classes and hooks, and the routers' content."""
     places = tuple((id(parameter), parameter.data_ptr(), parameter.dtype) for parameter in model.parameters())
     modules = tuple((type(module), _hooked(module)) for module in model.modules())
-    routers = [parameter for name, parameter in model.named_parameters() if ".router." in name]
+    routers = [parameter for name, parameter in model.named_parameters() if is_router(name)]
     content = hash(torch.cat([part.detach().float().flatten() for part in routers]).cpu().numpy().tobytes())
     return (*places, *modules, content, model.training, str(model.config.mod))

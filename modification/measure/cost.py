@@ -58,9 +58,14 @@ class ModelShape:
     @classmethod
     def from_config(cls, config: Any, layer: Any, mod_layers: Sequence[int], keep: bool = False) -> ModelShape:
         """The shape of a model of that config with such layers; ``layer`` may be on the meta device."""
-        linear = [part for part in layer.modules() if hasattr(part, "in_features")]  # packed weights hide their sizes
+        # Packed weights hide their sizes; an adapter's parts are not counted, what it adapts is.
+        linear = [
+            part for name, part in layer.named_modules()
+            if hasattr(part, "in_features") and not hasattr(part, "base_layer") and "lora_" not in name
+        ]
         weights = sum(part.in_features * part.out_features for part in linear) or sum(
-            p.numel() for n, p in layer.named_parameters() if p.dim() == 2 and not n.startswith("router.")
+            p.numel() for n, p in layer.named_parameters()
+            if p.dim() == 2 and not n.startswith("router.") and "lora_" not in n
         )
         weights += _expert_weights(config, layer)
         entry = entry_width(config)
