@@ -129,6 +129,24 @@ def test_inspect_says_why_a_model_cannot_be_converted(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["family"] == "phi, by its structure"
 
 
+def test_dial_makes_load_one_minus_p_on_another_text(tmp_path, capsys):
+    """In the folder's config alone: weights stay, and what loads reads true on that text."""
+    model = mod_model("llama", spread=0.6)
+    folder = save_folder(model, tmp_path / "mod")
+    weights = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog, again and again. " * 60)
+    assert main(["dial", str(folder), "--data", str(tmp_path / "text.txt"), "--tokens", "2048", "--block", "64"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("p ")]
+    assert len(lines) == 5
+    now = [float(line.split("before, ")[1].split()[0]) for line in lines]
+    assert now == pytest.approx([0.9, 0.75, 0.5, 0.25, 0.1], abs=0.03)
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert len(load(folder)[0].mod_config.dial) == 19
+    assert "no dial yet" in refused(
+        capsys, "dial", str(save_folder(dense_model("llama"), tmp_path / "dense")), "--data", str(tmp_path / "text.txt")
+    )
+
+
 def test_sweep_prints_a_row_per_p(folder, text, capsys):
     """Eleven p's, loads falling from 1."""
     assert main(["sweep", str(folder), "--data", str(text), "--tokens", "256", "--block", "32"]) == 0

@@ -1,4 +1,4 @@
-"""Command line: convert, sweep, generate, inspect, bench, estimate. One file a group of commands."""
+"""Command line: convert, dial, sweep, generate, inspect, bench, estimate. One file a group of commands."""
 
 from __future__ import annotations
 

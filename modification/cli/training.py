@@ -1,8 +1,9 @@
-"""convert and sweep: a MoD model from a dense one, and what it costs in quality."""
+"""convert, dial and sweep: a MoD model from a dense one, its dial on your text, and what it costs in quality."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from modification.architectures import ConversionError, family_of
 from modification.cli.shared import layers_of, numbers
 from modification.config import MoDConfig
 from modification.conversion import layers as choosing
+from modification.conversion.calibrate import CALIBRATION_TOKENS, bend_dial
 from modification.conversion.data import Text, pack, read_documents, token_ids
 from modification.conversion.recipes import RECIPES, Recipe, named
 from modification.conversion.sources import Reading, read_text
 from modification.conversion.train import Options, train
 from modification.loading import load, load_dense_or_mod
 from modification.measure.evalharness import evaluate_tasks
-from modification.measure.quality import predictions
+from modification.measure.quality import predictions, sweep
 from modification.measure.report import rows_of, table
 from modification.model import MoDModel
 
+_DIALLED = (0.1, 0.25, 0.5, 0.75, 0.9)  # thresholds that `dial` reports
 _RANKED_BLOCKS = 16  # of the text, to choose layers by
 
 
@@ -79,6 +82,14 @@ def add(commands: Any) -> None:
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
     convert.set_defaults(run=_convert)
+
+    dial = commands.add_parser("dial", help="make a MoD model's load 1 - p on your own text; no weight changes")
+    dial.add_argument("model", type=Path, help="folder of a MoD model; its config.json is written anew")
+    dial.add_argument("--data", type=Path, required=True, help="text to calibrate on")
+    dial.add_argument("--split", help="use only rows whose `split` is this")
+    dial.add_argument("--tokens", type=int, default=CALIBRATION_TOKENS, help="default: %(default)s")
+    dial.add_argument("--block", type=int, default=256)
+    dial.set_defaults(run=_dial)
 
     over = commands.add_parser("sweep", help="held-out loss, load and savings over a grid of p")
     over.add_argument("model")
@@ -170,6 +181,23 @@ def _layers(asked: str, model: Any, text: Text) -> tuple[Any, list[float] | None
         f"{at} ({measured[at]:.3g})" for at in sorted(range(len(measured)), key=measured.__getitem__)
     ))
     return chosen, measured
+
+
+def _dial(arguments: argparse.Namespace) -> None:
+    model, tokenizer = load_dense_or_mod(arguments.model)
+    if not isinstance(model, MoDModel):
+        raise ConversionError(f"{arguments.model} is a dense model: it has no dial yet; convert it first")
+    blocks = pack(read_documents(arguments.data, tokenizer, arguments.split), arguments.block, arguments.tokens)
+    before = sweep(model, blocks, _DIALLED)
+    knots = bend_dial(model, blocks)
+    path = arguments.model / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["mod"]["dial"] = list(knots)
+    aside = path.with_suffix(".new")
+    aside.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    aside.replace(path)  # whole or not at all
+    for old, new in zip(before, sweep(model, blocks, _DIALLED), strict=True):
+        print(f"p {old.p:g}: load {old.load:.3f} before, {new.load:.3f} now (measured)")
 
 
 def _sweep(arguments: argparse.Namespace) -> None:

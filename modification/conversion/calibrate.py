@@ -154,11 +154,19 @@ def fit_dial(model: Any, blocks: npt.NDArray[np.int32]) -> Dial:
         blocks: calibration text, [N, T] token ids.
     """
     model.eval()
-    _set_dial(model, ())
+    set_dial(model, ())
     scale, shift = (1.0, 0.0) if model.mod_config.gate == "paper" else _stretch(model, blocks)
+    return Dial(scale, shift, bend_dial(model, blocks))
+
+
+@torch.no_grad()
+def bend_dial(model: Any, blocks: npt.NDArray[np.int32]) -> tuple[float, ...]:
+    """Make load 1 - p on one text [N, T] by bending the scores alone: no weight changes. The dial's knots."""
+    model.eval()
+    set_dial(model, ())
     knots = _knots(model, blocks)
-    _set_dial(model, knots)
-    return Dial(scale, shift, knots)
+    set_dial(model, knots)
+    return knots
 
 
 def _stretch(model: Any, blocks: npt.NDArray[np.int32]) -> tuple[float, float]:
@@ -184,7 +192,8 @@ def _knots(model: Any, blocks: npt.NDArray[np.int32]) -> tuple[float, ...]:
     return tuple(np.maximum.accumulate(np.clip(tried, 1e-6, 1 - 1e-6)).tolist())
 
 
-def _set_dial(model: Any, knots: tuple[float, ...]) -> None:
+def set_dial(model: Any, knots: tuple[float, ...]) -> None:
+    """Put a dial into a model's settings."""
     model.config.mod = dataclasses.replace(model.mod_config, dial=knots).to_dict()
 
 
