@@ -85,7 +85,7 @@ def test_adapters_learn_faster_than_large_models():
 def test_every_recipe_gives_a_model_a_report_and_a_card(name, blocks, tmp_path):
     """Loaded again it says the same; the report has eleven p's with all that is promised."""
     recipe = named(name, **({} if RECIPES[name].fit else SMALL))
-    model, rows, report = run(recipe, blocks, tmp_path / name, facts={"parent": "tiny"})
+    model, rows, report = run(recipe, blocks, tmp_path / name, facts={"parent": "owner/tiny"})
     again, _ = load(tmp_path / name)
     assert again.mod_config.gate == recipe.gate
     ids = tokens(2)
@@ -97,7 +97,7 @@ def test_every_recipe_gives_a_model_a_report_and_a_card(name, blocks, tmp_path):
     assert [sample["p"] for sample in report["samples"]] == [0.0, 0.5, 0.8]
     card = (tmp_path / name / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers")
-    assert "base_model: tiny" in card
+    assert "base_model: owner/tiny" in card
     assert table(rows, "the parent's") in card
 
 

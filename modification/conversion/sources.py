@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ def read_text(reading: Reading, tokenizer: Any, model: Any, tokens: int, block: 
         held_out = [pack(found, block, apart * block)]
     order = np.random.default_rng(seed).permutation(sum(map(len, blocks)))
     return Text(
-        np.concatenate(blocks)[order], _as_ids(np.concatenate(held_out)), reading.sources,
+        np.concatenate(blocks)[order], _as_ids(np.concatenate(held_out)), tuple(map(_shown, reading.sources)),
         np.concatenate(sources)[order] if len(blocks) > 1 else None, reading.reweight,
     )
 
@@ -155,6 +156,11 @@ def _count_apart(own: npt.NDArray[np.int32], asked: int | None, share: float, so
             "train on; give more text, or a smaller --held-out or --block"
         )
     return count
+
+
+def _shown(source: str) -> str:
+    """A source's name for reports that may be published: no folders."""
+    return source if source == SELF or source.startswith("hub:") else Path(source).name
 
 
 def _as_ids(written: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
