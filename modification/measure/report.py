@@ -111,17 +111,18 @@ def card(report: dict[str, Any], rows: Sequence[Row], name: str, parent: str) ->
         f"{report['tokens']:,} tokens, {_TUNED[report['tune']]}."
     )
     base = f"base_model: {parent}\n" if "/" in parent else ""  # the Hub wants owner/name
+    own = f" The parent's own loss there is {report['parent_loss']:.3f}." if report.get("parent_loss") else ""
     parts = [
         f"---\nlibrary_name: transformers\ntags: [mixture-of-depths, modification, {report['recipe']}]\n{base}---",
         f"# {name}",
-        f"{parent[:1].upper()}{parent[1:]} as a Mixture-of-Depths model: each MoD layer ({layers}) has a router, and a token goes through it "
-        "only when its score reaches the threshold p, 0 to 1. Skipped tokens cost no compute there and leave no keys "
-        "and values in the cache.",
-        f"Converted with the `{report['recipe']}` recipe in {report['seconds_this_run']:,.0f} s. {learnt} Text: {', '.join(report.get('sources') or ['?'])}.",
+        f"{parent[:1].upper()}{parent[1:]} as a Mixture-of-Depths model: each MoD layer ({layers}) has a router, and a "
+        "token goes through it only when its score reaches the threshold p, 0 to 1. Skipped tokens cost no compute "
+        "there and leave no keys and values in the cache.",
+        f"Converted with the `{report['recipe']}` recipe in {report['seconds_this_run']:,.0f} s. {learnt} Text: "
+        f"{', '.join(report.get('sources') or ['?'])}.",
         table(rows, "the parent's"),
         f"Over {report['held_out_tokens']:,} held-out tokens; ± is a 95% confidence interval over blocks; KV and "
-        "compute are shares of the dense parent's."
-        + (f" The parent's own loss there is {report['parent_loss']:.3f}." if report.get("parent_loss") else ""),
+        f"compute are shares of the dense parent's.{own}",
     ]
     if report.get("retrieval"):
         asked = f"Facts planted in a text and asked for at its end (measured, {_TRIALS} questions each):"
