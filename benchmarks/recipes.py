@@ -3,9 +3,10 @@
     PYTHONPATH=. python -m benchmarks.recipes PARENT TEXT OUT --layers 1,3 --tokens 1500000 [--only any-p,dense]
 
 Rivals: the dense parent tuned alike; whole layers dropped for good and the rest tuned alike (each alone and all where
-there are three or fewer, else those that cost the parent least, one after the other); tokens skipped by chance; and
-every recipe of the table, any-p with all three ways of tuning and with gates taught by the plain straight-through
-slope. Each is written to OUT/NAME.json; the table and plots are made of what lies there. One JSON line ends it.
+there are three or fewer, else those that cost the parent least, one after the other); tokens skipped by chance, tuned
+and untrained; and every recipe of the table, any-p with all three ways of tuning and with gates taught by the plain
+straight-through slope. Each is written to OUT/NAME.json; the table and plots are made of what lies there. One JSON line
+ends it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modification import MoDConfig, load
+from modification import MoDConfig, convert, load
 from modification.cli.shared import layers_of
 from modification.conversion.data import Text
 from modification.conversion.recipes import RECIPES, Recipe, named
@@ -90,6 +91,18 @@ def curve(model: Any, text: Text, timed: bool = True) -> list[dict[str, float]]:
     return rows
 
 
+def timed_again(bench: Bench, name: str, rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The same rows with seconds per token measured now, on a machine that may be quieter."""
+    folder = bench.out / "models" / name
+    if not folder.is_dir() or not any("seconds_per_token" in row for row in rows):
+        return rows
+    model = load(folder, dtype=torch.float32)[0]
+    return [
+        {**row, "seconds_per_token": 1 / point(model, bench.text.held_out, row["p"]).speed}
+        if "seconds_per_token" in row else row for row in rows
+    ]
+
+
 def dense(bench: Bench) -> list[dict[str, float]]:
     """The parent tuned on the same tokens, nothing skipped."""
     model = bench.converted("dense", bench.recipe("any-p", dense_share=1.0, load="none"))
@@ -118,6 +131,12 @@ def random_skipping(bench: Bench) -> list[dict[str, float]]:
     with _scores_by_chance():
         model = bench.converted("random", bench.recipe("any-p", load="none", between=0.0))
         return curve(model, bench.text, timed=False)
+
+
+def untrained_skipping(bench: Bench) -> list[dict[str, float]]:
+    """The parent as it is, tokens skipped by chance: what ``calibrate`` has to beat."""
+    with _scores_by_chance():
+        return curve(convert(bench.parent()[0], MoDConfig(layers=bench.layers)), bench.text, timed=False)
 
 
 @contextlib.contextmanager
@@ -174,6 +193,7 @@ def entries(bench: Bench) -> dict[str, Callable[[], list[dict[str, float]]]]:
         "dense": lambda: dense(bench),
         **{_static_name(drop): (lambda drop=drop: static(bench, drop)) for drop in bench.drops()},
         "random": lambda: random_skipping(bench),
+        "random-untrained": lambda: untrained_skipping(bench),
         "calibrate": lambda: recipe_curve(bench, "calibrate"),
         "paper": lambda: recipe_curve(bench, "paper"),
         "paper-controlled": lambda: recipe_curve(bench, "paper-controlled"),
@@ -228,7 +248,8 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     if statics and "dense" in found:
         lines["static dropping"] = [*_best(statics), *({**row, "compute": 1.0} for row in found["dense"]["curve"])]
     colours = (
-        "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888", "#000000", "#cc6600", "#004488",
+        "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888", "#b8860b", "#cc6600", "#8866dd",
+        "#009988", "#000000", "#dd2222",
     )
     for at, (name, rows) in enumerate(lines.items()):
         for column, axis in enumerate(axes, 1):
@@ -239,6 +260,8 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
                 line={"color": colours[at % len(colours)], "dash": "dot" if name == "static dropping" else "solid"},
                 row=1, col=column,
             )
+    best = min(row["loss"] for rows in lines.values() for row in rows)
+    figure.update_yaxes(range=[best - 0.05, best + 0.9])  # what rises out of the picture is far behind
     figure.update_layout(template="plotly_white", yaxis_title="held-out loss, nats per token (measured)",
                          title="Recipes at equal tokens")
     figure.write_html(path, include_plotlyjs="directory")
@@ -258,11 +281,15 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--only", help="names with commas between them")
+    parser.add_argument("--time-again", action="store_true", help="measure seconds per token anew for what is done")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments)
     for name, measure in entries(bench).items():
         path = arguments.out / f"{name}.json"
+        if path.is_file() and arguments.time_again:
+            done = json.loads(path.read_text())
+            path.write_text(json.dumps({**done, "curve": timed_again(bench, name, done["curve"])}), encoding="utf-8")
         if path.is_file() or (arguments.only and name not in arguments.only.split(",")):
             continue
         began = time.monotonic()
