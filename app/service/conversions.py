@@ -34,7 +34,7 @@ _POLL = 0.5
 _PATIENCE = 5.0  # seconds
 _GRACE = 60.0  # seconds for a step and a checkpoint
 _PASSES = 4.0  # a training step's work over one forward pass: student forward and twice that backward, teacher forward
-_FITTING = 60.0  # forward passes over the calibration text: 13 to fit routers, 47 to make the dial true
+_FITTING = 41.0  # forward passes over the calibration text: 13 to fit routers, 28 to make the dial true
 _COPIES = 5  # float32 numbers per weight: student, teacher, gradient and Adam's two moments
 
 

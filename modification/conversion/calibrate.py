@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from modification.routing import Router
 
 _LEVELS = np.linspace(0.1, 0.9, 9)
 _KNOTS = 19  # scores that the dial is bent at
+_STEEP = 0.08  # a fall of load between neighbouring thresholds that is measured more finely
 _RIDGE = 0.2  # of the features' mean square
 _SPREAD = 1.8  # standard deviation of fitted logits: that of a logistic distribution, whose load is 1 - p
 CALIBRATION_TOKENS = 8_192
@@ -180,16 +182,23 @@ def _stretch(model: Any, blocks: npt.NDArray[np.int32]) -> tuple[float, float]:
 
 
 def _knots(model: Any, blocks: npt.NDArray[np.int32]) -> tuple[float, ...]:
-    """Thresholds at which the load is 1 - k / (n + 1), by interpolation between measured ones, twice over."""
+    """Thresholds at which the load is 1 - k / (n + 1), by interpolation; where it falls steeply, measured again."""
     wanted = [k / (_KNOTS + 1) for k in range(1, _KNOTS + 1)]
-    skipped = {0.0: 0.0, 1.0: 1.0}
-    tried = list(wanted)
-    for _ in range(2):
-        skipped |= {p: 1 - evaluate(model, blocks, p).load for p in tried if p not in skipped}
-        places = sorted(skipped)
-        shares = np.maximum.accumulate([skipped[p] for p in places])  # decisions move later scores, if little
-        tried = [float(p) for p in np.interp(wanted, shares + 1e-9 * np.arange(len(shares)), places)]
-    return tuple(np.maximum.accumulate(np.clip(tried, 1e-6, 1 - 1e-6)).tolist())
+    skipped = {0.0: 0.0, 1.0: 1.0, **{p: 1 - evaluate(model, blocks, p).load for p in wanted}}
+    first = _read_off(wanted, skipped)
+    places = sorted(skipped)
+    for low, high in itertools.pairwise(places):
+        if skipped[high] - skipped[low] > _STEEP:
+            skipped |= {p: 1 - evaluate(model, blocks, p).load for p in first if low < p < high}
+    return tuple(np.clip(_read_off(wanted, skipped), 1e-6, 1 - 1e-6).tolist())
+
+
+def _read_off(wanted: list[float], skipped: dict[float, float]) -> list[float]:
+    """Thresholds at which shares are skipped, straight between measured ones; rising."""
+    places = sorted(skipped)
+    # Decisions move later scores, if little.
+    shares = np.maximum.accumulate([skipped[p] for p in places]) + 1e-9 * np.arange(len(places))
+    return [float(p) for p in np.maximum.accumulate(np.interp(wanted, shares, places))]
 
 
 def set_dial(model: Any, knots: tuple[float, ...]) -> None:
