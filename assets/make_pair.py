@@ -28,9 +28,10 @@ from app.service import Request
 from app.service.library import Loaded
 from app.service.runs import record
 from modification import MoDConfig, load
+from modification.conversion.checks import Options
 from modification.conversion.data import Text, pack, read_documents
 from modification.conversion.recipes import Recipe
-from modification.conversion.train import Options, train
+from modification.conversion.train import train
 from modification.measure.cost import ModelShape
 from modification.measure.quality import evaluate, sweep
 from modification.routing import is_router

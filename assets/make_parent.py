@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from modification.conversion.checks import last_checkpoint
 from modification.conversion.data import Blocks, Documents, pack, pack_whole, read_documents
-from modification.conversion.train import last_checkpoint
 from modification.measure.retrieval import conversation, cut
 
 VOCABULARY = 4096

@@ -32,7 +32,7 @@ from modification.conversion.sources import Reading, read_text
 from modification.conversion.train import train
 from modification.loading import load_dense_or_mod
 from modification.measure.quality import evaluate
-from modification.measure.tradeoff import point
+from modification.measure.tradeoff import shares, speed
 from modification.routing import Router
 
 LOADS = (1.0, 0.75, 0.5, 0.25)
@@ -72,8 +72,9 @@ class Bench:
         """A conversion of the parent, or of ``model``; done at most once."""
         folder = self.out / "models" / name
         if not (folder / "report.json").is_file():
+            teacher = None if model is None else self.parent()[0]  # a damaged parent learns from the whole one
             model = model or self.parent()[0]
-            config, teacher = MoDConfig(layers=layers or self.layers), self.parent()[0]
+            config = MoDConfig(layers=layers or self.layers)
             train(model, self.tokenizer, config, recipe, self.text, folder, None, teacher)
         return load(folder, dtype=torch.float32)[0]
 
@@ -85,8 +86,8 @@ def curve(model: Any, text: Text, timed: bool = True) -> list[dict[str, float]]:
         one = evaluate(model, text.held_out, p)
         row = {"p": p, "load": one.load, "loss": one.loss, "error": one.error}
         if timed and p in TIMED:
-            measured = point(model, text.held_out, p)
-            row |= {"compute": measured.compute, "seconds_per_token": 1 / measured.speed}
+            _, compute = shares(model, one, text.held_out.shape[1])
+            row |= {"compute": compute, "seconds_per_token": 1 / speed(model, text.held_out, p)}
         rows.append(row)
     return rows
 
@@ -98,7 +99,7 @@ def timed_again(bench: Bench, name: str, rows: list[dict[str, float]]) -> list[d
         return rows
     model = load(folder, dtype=torch.float32)[0]
     return [
-        {**row, "seconds_per_token": 1 / point(model, bench.text.held_out, row["p"]).speed}
+        {**row, "seconds_per_token": 1 / speed(model, bench.text.held_out, row["p"])}
         if "seconds_per_token" in row else row for row in rows
     ]
 
@@ -285,7 +286,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments)
-    for name, measure in entries(bench).items():
+    compared = entries(bench)
+    for name, measure in compared.items():
         path = arguments.out / f"{name}.json"
         if path.is_file() and arguments.time_again:
             done = json.loads(path.read_text())
@@ -296,7 +298,7 @@ def main() -> None:
         rows = measure()
         path.write_text(json.dumps({"curve": rows, "seconds": round(time.monotonic() - began, 1)}), encoding="utf-8")
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-    found = {name: json.loads((arguments.out / f"{name}.json").read_text()) for name in entries(bench)
+    found = {name: json.loads((arguments.out / f"{name}.json").read_text()) for name in compared
              if (arguments.out / f"{name}.json").is_file()}
     print(table(found))
     plot(found, arguments.out / "recipes.html")

@@ -174,8 +174,8 @@ class MoDModel(PreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states, attentions=out.attentions,
         )
         if output_router_scores:
-            result["router_scores"] = tuple(call.scores[layer] for layer in self.mod_layers)
-            result["routed"] = tuple(call.routed[layer] for layer in self.mod_layers)
+            result["router_scores"] = tuple(call.scores[layer] for layer in call.order)
+            result["routed"] = tuple(call.routed[layer] for layer in call.order)
         return result.to_tuple() if return_dict is False else result
 
     def _routing_call(
@@ -191,11 +191,11 @@ class MoDModel(PreTrainedModel, GenerationMixin):
         anchored = None
         if past < config.anchors or valid is not None:
             anchored = (places < config.anchors).expand(batch, tokens)
+        order = config.layer_indices(self.config.num_hidden_layers)
         return RoutingCall(
-            config=config, p=thresholds(config.p if p is None else p, batch, len(self.mod_layers), given.device),
+            config=config, p=thresholds(config.p if p is None else p, batch, len(order), given.device),
             path=path, columns=torch.arange(past, past + tokens, device=given.device),
-            kernel=self.config._attn_implementation, order=self.mod_layers,
-            valid=valid, anchored=anchored,
+            kernel=self.config._attn_implementation, order=order, valid=valid, anchored=anchored,
         )
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from modification import MoDConfig, MoDModel, load
 from modification.conversion import train as training
 from modification.conversion.calibrate import fit_dial
+from modification.conversion.checks import Options
 from modification.conversion.data import Blocks, Documents, Text, pack, pack_whole, read_documents
 from modification.conversion.objectives import (
     divergence,
@@ -350,7 +351,7 @@ class Stopped(Exception):
 def run(blocks, out, resume=False):
     """One conversion of the same tiny parent."""
     model = dense_model("llama")
-    options = training.Options(resume=resume)
+    options = Options(resume=resume)
     rows = training.train(model, tiny_tokenizer(), MoDConfig(), RECIPE, Text(blocks, blocks[:4]), out, options)
     return model, [row.quality for row in rows]
 

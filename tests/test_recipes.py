@@ -12,6 +12,7 @@ from builders import assert_close, dense_model, mod_model, routers, tiny_tokeniz
 from modification import MoDConfig, convert, load
 from modification.conversion import layers as choosing
 from modification.conversion.calibrate import fit_dial, fit_routers
+from modification.conversion.checks import Options
 from modification.conversion.data import Text
 from modification.conversion.objectives import (
     hidden_distance,
@@ -21,9 +22,9 @@ from modification.conversion.objectives import (
     row_losses,
 )
 from modification.conversion.recipes import RECIPES, Recipe, default_lr, named
-from modification.conversion.train import Options, train
+from modification.conversion.train import train
 from modification.conversion.trainer import Mixing, Steering
-from modification.measure.quality import evaluate, predictions
+from modification.measure.quality import evaluate, reference_of
 from modification.measure.report import record, rows_of, table
 from modification.routing import top_share
 
@@ -232,7 +233,7 @@ def test_fitted_routers_run_the_tokens_that_need_their_layers():
     """At half load, closed-form routers lose less than scattered ones; the benefit of each layer is told."""
     model = mod_model("llama", seed=3)
     text = np.random.default_rng(1).integers(0, 95, (48, 16)).astype(np.int32)
-    dense = predictions(model, text, p=0.0)
+    dense, _ = reference_of(model, text, p=0.0)
     fit_dial(model, text[:24])
     before = evaluate(model, text[24:], 0.5, reference=dense[24:])
     benefits = fit_routers(model, text[:24])

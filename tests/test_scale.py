@@ -19,6 +19,7 @@ from builders import REPO, assert_close, dense_model, save_folder
 from safetensors.torch import load_file
 
 from modification.cli import main
+from modification.conversion import checks
 from modification.conversion import train as training
 
 SETTINGS = ["--tokens", "5120", "--block", "16", "--batch", "8", "--save-steps", "5", "--lr", "0.002"]
@@ -140,7 +141,7 @@ def test_a_folder_without_room_is_told_before_training(broken, work, tmp_path, m
         (tmp_path / "in the way").write_text("")
         out = tmp_path / "in the way" / "out"
     else:
-        monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(training, "convert", None)  # not reached
     assert main(command(work, out)[4:]) == 2
     said = capsys.readouterr().err
@@ -160,7 +161,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(work, whole, tmp_
     monkeypatch.setattr(training.ConversionTrainer, "_save_optimizer_and_scheduler", full)
     assert main(command(work, tmp_path / "out")[4:]) == 2
     assert "No space left" in capsys.readouterr().err
-    assert training.last_checkpoint(tmp_path / "out" / "checkpoints").endswith("checkpoint-10")
+    assert checks.last_checkpoint(tmp_path / "out" / "checkpoints").endswith("checkpoint-10")
     monkeypatch.undo()
     assert main(command(work, tmp_path / "out", "--resume")[4:]) == 0
     assert_same_weights(tmp_path / "out", whole)

@@ -6,7 +6,6 @@ A process can be ended at any moment, and what it wrote stays: checkpoints, log 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import subprocess
 import sys
@@ -23,9 +22,9 @@ import torch
 from app.errors import UserError
 from modification import MoDModel
 from modification.conversion.calibrate import CALIBRATION_TOKENS
+from modification.conversion.checks import last_checkpoint
 from modification.conversion.recipes import RECIPES, Tune
-from modification.conversion.train import last_checkpoint
-from modification.conversion.trainer import drop_redone
+from modification.conversion.trainer import drop_redone, read_log
 from modification.loading import load_dense_or_mod, resolve
 from modification.measure.memory import available_bytes, weight_bytes
 
@@ -184,7 +183,7 @@ class Conversions:
             # What an earlier run logged beyond its last checkpoint is done again.
             if plan.resume:
                 drop_redone(out / "log.jsonl", int(last.rpartition("-")[2]) if last else 0)
-            fresh = len(_log(out / "log.jsonl"))
+            fresh = len(read_log(out / "log.jsonl"))
             process = self._start(plan, out, output)
         except BaseException:
             self._busy.release()
@@ -224,7 +223,7 @@ class Conversions:
 
 
 def _progress(plan: Plan, out: Path, began: float, fresh: int) -> Progress:
-    log, seconds = _log(out / "log.jsonl"), time.monotonic() - began
+    log, seconds = read_log(out / "log.jsonl"), time.monotonic() - began
     left = None
     if len(log) > fresh:
         done = log[-1]["step"] - (log[fresh - 1]["step"] if fresh else 0)
@@ -239,12 +238,6 @@ def _path(given: str | Path) -> Path:
 
 def _placed(parent: str) -> str:
     return str(_path(parent)) if _path(parent).is_dir() else parent
-
-
-def _log(path: Path) -> list[dict[str, Any]]:
-    """The records that are whole; the last line may still be under way."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines if line]
 
 
 def _last_words(output: Path) -> str:

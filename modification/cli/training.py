@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -17,13 +16,14 @@ from modification.cli.shared import layers_of, numbers
 from modification.config import MoDConfig
 from modification.conversion import layers as choosing
 from modification.conversion.calibrate import CALIBRATION_TOKENS, bend_dial
+from modification.conversion.checks import Options
 from modification.conversion.data import Text, pack, read_documents, token_ids
 from modification.conversion.recipes import RECIPES, Recipe, named
 from modification.conversion.sources import Reading, read_text
-from modification.conversion.train import Options, train
+from modification.conversion.train import train
 from modification.loading import load, load_dense_or_mod
 from modification.measure.evalharness import evaluate_tasks
-from modification.measure.quality import predictions, sweep
+from modification.measure.quality import reference_of, sweep
 from modification.measure.report import rows_of, table
 from modification.model import MoDModel
 
@@ -175,8 +175,7 @@ def _layers(asked: str, model: Any, text: Text) -> tuple[Any, list[float] | None
     """The MoD layers, and every layer's measure where they were chosen by one."""
     if not asked.startswith("auto"):
         return layers_of(asked), None
-    ids = token_ids(torch.from_numpy(text.blocks[:_RANKED_BLOCKS])).numpy().astype(np.int32)
-    chosen, measured = choosing.choose(model, asked, ids)
+    chosen, measured = choosing.choose(model, asked, token_ids(text.blocks[:_RANKED_BLOCKS]))
     print("layers by measure, least first: " + ", ".join(
         f"{at} ({measured[at]:.3g})" for at in sorted(range(len(measured)), key=measured.__getitem__)
     ))
@@ -210,5 +209,5 @@ def _sweep(arguments: argparse.Namespace) -> None:
     reference = None
     if arguments.dense:
         dense, _ = load_dense_or_mod(arguments.dense)
-        reference = predictions(dense, blocks)
+        reference, _ = reference_of(dense, blocks)
     print(table(rows_of(model, blocks, reference=reference), "the parent's" if arguments.dense else "p = 0"))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modification.layer import MoDLayer
-from modification.measure.quality import evaluate
+from modification.measure.quality import batches, evaluate
 from modification.routing import Router
 
 _LEVELS = np.linspace(0.1, 0.9, 9)
@@ -52,8 +52,7 @@ def fit_routers(
     routers = [layers[index].router for index in model.mod_layers]
     sums = [_Regression(router.weight.shape[1]) for router in routers]
     noise = torch.Generator().manual_seed(seed)
-    for start in range(0, len(blocks), batch):
-        ids = torch.from_numpy(blocks[start : start + batch].astype(np.int64)).to(model.device)
+    for ids in batches(blocks, batch, model.device):
         dense = F.log_softmax(model(input_ids=ids, p=0.0, use_cache=False).logits.float(), -1)
         for _ in range(rounds):
             with _by_chance(routers, noise) as seen:

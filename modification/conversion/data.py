@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 SEPARATOR = "<|endoftext|>"
 _OPEN_ROWS = 64  # blocks that are still being filled
 _Item = TypeVar("_Item")
+_Ids = TypeVar("_Ids", np.int32, np.int64)
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 
 
@@ -152,16 +153,17 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        written = torch.from_numpy(self.blocks[index].astype(np.int64))
-        item = {"input_ids": token_ids(written), "labels": written.masked_fill(written < 0, -100)}
+        written = self.blocks[index].astype(np.int64)
+        labels = torch.from_numpy(np.where(written < 0, -100, written))
+        item = {"input_ids": torch.from_numpy(token_ids(written)), "labels": labels}
         if self.sources is not None:
             item["source"] = torch.tensor(self.sources[index])
         return item
 
 
-def token_ids(written: torch.Tensor) -> torch.Tensor:
-    """Token ids of a document or block, those not to be learnt included."""
-    return torch.where(written < 0, -1 - written, written)
+def token_ids(written: npt.NDArray[_Ids]) -> npt.NDArray[_Ids]:
+    """Token ids of blocks, those not to be learnt included; any shape."""
+    return np.where(written < 0, -1 - written, written)
 
 
 @dataclass(frozen=True, slots=True)

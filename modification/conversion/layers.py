@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from modification.architectures import family_of
+from modification.measure.quality import batches
 
-Measure = Literal["influence", "rank"]
 AUTO = re.compile(r"auto:(\d+)(?::(influence|rank))?")
 _RANK_TOKENS = 128  # attention maps of this length are ranked
 
@@ -44,7 +44,7 @@ def choose(model: Any, text: str, blocks: npt.NDArray[np.int32]) -> tuple[tuple[
 def influence(model: Any, blocks: npt.NDArray[np.int32], batch: int = 4) -> list[float]:
     """Block influence of each layer: mean of 1 - cos(its input, its output) over tokens (arXiv 2403.03853)."""
     totals, seen = torch.zeros(model.config.num_hidden_layers), 0
-    for states in layer_states(model, blocks, batch):
+    for states in _layer_states(model, blocks, batch):
         pairs = itertools.pairwise(states)
         turned = [1 - torch.cosine_similarity(x.float(), y.float(), dim=-1).mean().item() for x, y in pairs]
         totals, seen = totals + torch.tensor(turned), seen + 1
@@ -57,10 +57,10 @@ def attention_rank(model: Any, blocks: npt.NDArray[np.int32], batch: int = 4) ->
     """Mean numerical rank of each layer's attention maps, over heads and rows (ARank, arXiv 2410.13859)."""
     family, config = family_of(model), model.config
     kernel, totals = config._attn_implementation, np.zeros(config.num_hidden_layers)
-    rows = blocks[:batch, :_RANK_TOKENS]
+    ids = next(batches(blocks[:batch, :_RANK_TOKENS], batch, model.device))
     model.set_attn_implementation("eager")  # the only one that returns maps
     try:
-        maps = model(input_ids=token_ids(rows, model), use_cache=False, output_attentions=True).attentions
+        maps = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
     finally:
         model.set_attn_implementation(kernel)
     if not maps or len(maps) != len(family.decoder_layers(model)):
@@ -70,9 +70,7 @@ def attention_rank(model: Any, blocks: npt.NDArray[np.int32], batch: int = 4) ->
     return [float(value) for value in totals]
 
 
-def layer_states(
-    model: Any, blocks: npt.NDArray[np.int32], batch: int, **call: Any
-) -> Iterator[tuple[Tensor, ...]]:
+def _layer_states(model: Any, blocks: npt.NDArray[np.int32], batch: int) -> Iterator[tuple[Tensor, ...]]:
     """Inputs of all layers and the output of the last one, before the final norm; [B, T, D] each, batch by batch."""
     layers = family_of(model).decoder_layers(model)
     states: list[Tensor] = []
@@ -84,15 +82,10 @@ def layer_states(
 
     handles = [layer.register_forward_hook(remember, with_kwargs=True) for layer in layers]
     try:
-        for start in range(0, len(blocks), batch):
+        for ids in batches(blocks, batch, model.device):
             states.clear()
-            model(input_ids=token_ids(blocks[start : start + batch], model), use_cache=False, **call)
+            model(input_ids=ids, use_cache=False)
             yield tuple(states)
     finally:
         for handle in handles:
             handle.remove()
-
-
-def token_ids(blocks: npt.NDArray[np.int32], model: Any) -> Tensor:
-    """Blocks on the model's device, [N, T]."""
-    return torch.from_numpy(blocks.astype(np.int64)).to(model.device)

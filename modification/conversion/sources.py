@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from modification.conversion.data import Text, encode_rows, pack, read_documents
+from modification.conversion.data import Text, encode_rows, pack, read_documents, token_ids
 
 SELF = "self"
 _HUB = re.compile(r"hub:([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?::([\w.-]+))?")
@@ -87,7 +87,7 @@ def read_text(reading: Reading, tokenizer: Any, model: Any, tokens: int, block: 
         held_out = [pack(found, block, apart * block)]
     order = np.random.default_rng(seed).permutation(sum(map(len, blocks)))
     return Text(
-        np.concatenate(blocks)[order], _as_ids(np.concatenate(held_out)), tuple(map(_shown, reading.sources)),
+        np.concatenate(blocks)[order], token_ids(np.concatenate(held_out)), tuple(map(_shown, reading.sources)),
         np.concatenate(sources)[order] if len(blocks) > 1 else None, reading.reweight,
     )
 
@@ -161,7 +161,3 @@ def _count_apart(own: npt.NDArray[np.int32], asked: int | None, share: float, so
 def _shown(source: str) -> str:
     """A source's name for reports that may be published: no folders."""
     return source if source == SELF or source.startswith("hub:") else Path(source).name
-
-
-def _as_ids(written: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    return np.where(written < 0, -1 - written, written)

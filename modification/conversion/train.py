@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import PartialState
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from modification.config import MoDConfig
 from modification.conversion.calibrate import CALIBRATION_TOKENS, fit_dial, fit_routers
-from modification.conversion.data import Blocks, Text
-from modification.conversion.objectives import next_token_loss
+from modification.conversion.checks import CHECKPOINTS, REPORT, Options, disk_errors, prepare_folder, processes
+from modification.conversion.data import Blocks, Text, token_ids
 from modification.conversion.recipes import Recipe
 from modification.conversion.trainer import (
     ConversionTrainer,
@@ -36,35 +29,15 @@ from modification.conversion.trainer import (
     SaveAndStop,
     Steering,
     asked_to_end,
+    read_log,
 )
 from modification.conversion.tune import prepare
 from modification.measure import report as reporting
 from modification.measure.plots import plot_run
-from modification.measure.quality import predictions
+from modification.measure.quality import reference_of
 from modification.model import convert
 
-LOG, RUN, REPORT, CHECKPOINTS = "log.jsonl", "run.json", "report.json", "checkpoints"
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a run does beside its recipe.
-
-    Attributes:
-        resume: go on from the last checkpoint.
-        keep_adapter: leave LoRA's change beside the model instead of merging it.
-        report_to: Trainer's trackers, as it names them.
-        save_steps: steps between checkpoints; None: a tenth of the run, 20 to 200.
-        fsdp: shard the model over processes (FSDP2), layer by layer.
-        facts: more for the report.
-    """
-
-    resume: bool = False
-    keep_adapter: bool = False
-    report_to: Sequence[str] = ()
-    save_steps: int | None = None
-    fsdp: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)
+LOG = "log.jsonl"
 
 
 def train(
@@ -90,18 +63,14 @@ def train(
     if recipe.steps and len(text.blocks) < recipe.batch:
         raise ValueError(f"the text gives {len(text.blocks)} blocks of {recipe.block} tokens, fewer than a batch of "
                          f"{recipe.batch}: give more text, or a smaller batch or block")
-    _check_launch(recipe, options)
     config = dataclasses.replace(config, gate=recipe.gate)
-    with _first_process_first():
-        last = _claim(out, options.resume)
-        _check_room(out, model, recipe)
-        _check_same_run(out / RUN, recipe, config, text, options, resumed=last is not None)
+    last = prepare_folder(out, model, recipe, config, text, options)
     if teacher is None and (recipe.kl or recipe.hidden or text.reweight) and recipe.steps:
         teacher = copy.deepcopy(model)
     _check_teacher(teacher, model)
     torch.manual_seed(recipe.seed)
     model.eval()
-    parent = predictions(model, text.held_out), _dense_loss(model, text.held_out)
+    parent = reference_of(model, text.held_out)
     convert(model, config)
     began = time.monotonic()
     finish = prepare(model, recipe)
@@ -111,7 +80,7 @@ def train(
     else:
         model, spread = _run(model, teacher, recipe, text, out, options, last)
     seconds = time.monotonic() - began
-    if int(os.environ.get("RANK", "0")):  # the first process writes
+    if processes()[0]:  # the first process writes
         return []
     dial = fit_dial(model, _calibration(text.blocks, CALIBRATION_TOKENS))
     facts = {
@@ -149,66 +118,10 @@ def _report(
     return rows, report
 
 
-@torch.no_grad()
-def _dense_loss(model: Any, blocks: npt.NDArray[np.int32]) -> float:
-    """Cross-entropy of a dense model, nats per token, mean over blocks."""
-    losses = []
-    for row in blocks:
-        ids = torch.from_numpy(row.astype(np.int64))[None].to(model.device)
-        losses.append(next_token_loss(model(input_ids=ids, use_cache=False).logits, ids).item())
-    return float(np.mean(losses))
-
-
 def _plot(out: Path) -> None:
     """Plots of the log, where there is one and plotly to draw it."""
-    log = out / LOG
-    if log.is_file() and importlib.util.find_spec("plotly") is not None:
-        plot_run([json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()], out / "plots")
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; a half-written one, left by a kill, is removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    while found:
-        if _is_json(found[-1] / "trainer_state.json"):  # written last
-            return str(found[-1])
-        shutil.rmtree(found.pop())
-    return None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _claim(out: Path, resume: bool) -> str | None:
-    """Take the folder for this run; the checkpoint to go on from, if any."""
-    if (out / REPORT).exists():
-        raise FileExistsError(f"{out} holds a finished conversion: choose another folder, or remove it first")
-    last = last_checkpoint(out / CHECKPOINTS)
-    if last and not resume:
-        raise FileExistsError(f"{out} holds an unfinished conversion: add --resume to go on, or remove the folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.write_text("")
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(f"{out} can't be written: {error.strerror or error}") from error
-    return last
-
-
-def _check_room(out: Path, model: PreTrainedModel, recipe: Recipe) -> None:
-    """Three checkpoints may lie there at a time, of weights and Adam's moments of those trained; and the model."""
-    weights = sum(weight.numel() * 4 for weight in model.parameters())
-    copies = 0 if recipe.fit else 9 if recipe.tune == "full" else 3
-    wanted, free = (copies + 1) * weights, shutil.disk_usage(out).free
-    if free < wanted:
-        raise OSError(f"{out} has {free / 1e9:.1f} GB free and checkpoints may take {wanted / 1e9:.1f} GB (estimated): "
-                      "make room, or choose a folder on another disk")
+    if (log := read_log(out / LOG)) and importlib.util.find_spec("plotly") is not None:
+        plot_run(log, out / "plots")
 
 
 def _check_teacher(teacher: Any, model: PreTrainedModel) -> None:
@@ -222,51 +135,7 @@ def _check_teacher(teacher: Any, model: PreTrainedModel) -> None:
 
 def _calibration(blocks: npt.NDArray[np.int32], tokens: int) -> npt.NDArray[np.int32]:
     """The first blocks, all their tokens as ids."""
-    chosen = blocks[: max(1, tokens // blocks.shape[1])]
-    return np.where(chosen < 0, -1 - chosen, chosen).astype(np.int32)
-
-
-def _check_launch(recipe: Recipe, options: Options) -> None:
-    """What this machine or these processes can't do, before anything is done."""
-    world, gpus = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count()
-    if options.fsdp and (world == 1 or not gpus):
-        raise ValueError("FSDP needs several processes (accelerate launch), each with an accelerator of its own")
-    if options.fsdp and recipe.tune == "lora":
-        raise ValueError("FSDP with LoRA is not supported: tune all weights, or leave FSDP out")
-    if world == 1 and gpus > 1 and recipe.steps:
-        raise ValueError(f"one process and {gpus} GPUs: start with accelerate launch, or set CUDA_VISIBLE_DEVICES=0")
-    if recipe.batch % (recipe.accumulate * world):
-        raise ValueError(f"a batch of {recipe.batch} rows can't be split over {world} processes and "
-                         f"{recipe.accumulate} parts: choose another --batch")
-
-
-@contextlib.contextmanager
-def _first_process_first() -> Iterator[None]:
-    """Where there are several processes, the first one goes through before the others."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    with PartialState().main_process_first():
-        yield
-
-
-def _check_same_run(
-    path: Path, recipe: Recipe, config: MoDConfig, text: Text, options: Options, resumed: bool
-) -> None:
-    """A resumed run must be the one that was started: same recipe, settings and text."""
-    run = {
-        **dataclasses.asdict(recipe), **config.to_dict(), "training_tokens": int(text.blocks.size),
-        "sources": list(text.names), "reweight": text.reweight, "parent": options.facts.get("parent"),
-        "text": hashlib.sha256(text.blocks.tobytes() + text.held_out.tobytes()).hexdigest()[:16],
-    }
-    run = json.loads(json.dumps(run))
-    if resumed and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"{name} {before.get(name)} (now {run[name]})" for name in run if before.get(name) != run[name]]
-        if changed:
-            raise ValueError(f"{path.parent} was started with {', '.join(changed)}: resume with the same settings")
-    if int(os.environ.get("RANK", "0")) == 0:
-        path.write_text(json.dumps(run, indent=1), encoding="utf-8")
+    return token_ids(blocks[: max(1, tokens // blocks.shape[1])])
 
 
 def _run(
@@ -277,7 +146,7 @@ def _run(
     trainer = _trainer(model, teacher, recipe, text, out, options)
     with asked_to_end() as asked:
         trainer.add_callback(SaveAndStop(asked))
-        with _disk_errors(out):
+        with disk_errors(out):
             trainer.train(resume_from_checkpoint=last)
     if asked.is_set():
         raise InterruptedError(f"stopped at step {trainer.state.global_step} of {recipe.steps}: --resume goes on")
@@ -291,24 +160,11 @@ def _run(
     return whole, spread
 
 
-@contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """What writers raise on a full disk, as an OSError."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"{out}: weights could not be written ({error}); the last checkpoint stays") from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "file write failed" not in str(error):
-            raise
-        raise OSError(f"{out}: a checkpoint could not be written, is the disk full? The last one stays") from error
-
-
 def _trainer(
     model: PreTrainedModel, teacher: nn.Module | None, recipe: Recipe, text: Text, out: Path, options: Options
 ) -> ConversionTrainer:
     cuda = torch.cuda.is_available()
-    parts = recipe.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    parts = recipe.accumulate * processes()[1]
     arguments = TrainingArguments(
         output_dir=str(out / CHECKPOINTS), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch // parts,
         gradient_accumulation_steps=recipe.accumulate,

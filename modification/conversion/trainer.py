@@ -302,9 +302,16 @@ def cosine(recipe: Recipe) -> Callable[[int], float]:
     return rate
 
 
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """The records of a run's log; a last line that is under way, or was cut by a kill, is left out."""
+    if not log.is_file():
+        return []
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def drop_redone(log: Path, step: int) -> None:
     """Forget log lines of steps after ``step``, which a resumed run does again."""
     if log.is_file():
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-        log.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")
+        kept = [json.dumps(record) + "\n" for record in read_log(log) if record["step"] <= step]
+        log.write_text("".join(kept), encoding="utf-8")

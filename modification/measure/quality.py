@@ -45,15 +45,14 @@ def evaluate(
     """Loss and load of ``model`` at threshold ``p`` over blocks [N, T] of token ids.
 
     Args:
-        reference: likeliest next tokens to agree with, [N, T], as ``predictions`` gives them.
+        reference: likeliest next tokens to agree with, [N, T], as ``reference_of`` gives them.
     """
     losses: list[float] = []
     ran = torch.zeros(len(model.mod_layers))
     agreed = 0
-    for at, ids in enumerate(_batches(blocks, batch, model.device)):
+    for at, ids in enumerate(batches(blocks, batch, model.device)):
         out = model(input_ids=ids, p=p, use_cache=False, output_router_scores=True)
-        nats = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        losses.extend(nats.view(len(ids), -1).mean(1).tolist())
+        losses.extend(_block_losses(out.logits, ids))
         ran += torch.stack([routed.sum() for routed in out.routed]).float().cpu()
         if reference is not None:
             own = out.logits.argmax(-1).cpu().numpy()
@@ -65,13 +64,19 @@ def evaluate(
 
 
 @torch.no_grad()
-def predictions(model: Any, blocks: npt.NDArray[np.int32], batch: int = 8, **call: Any) -> npt.NDArray[np.int32]:
-    """The likeliest next token after each token of blocks [N, T]; a MoD model is asked at ``p=...``."""
-    found = [
-        model(input_ids=ids, use_cache=False, **call).logits.argmax(-1).cpu().numpy()
-        for ids in _batches(blocks, batch, model.device)
-    ]
-    return np.concatenate(found).astype(np.int32)
+def reference_of(
+    model: Any, blocks: npt.NDArray[np.int32], batch: int = 8, **call: Any
+) -> tuple[npt.NDArray[np.int32], float]:
+    """The likeliest next token after each token of blocks [N, T], and the loss as ``evaluate`` has it, in one reading.
+
+    A MoD model is asked at ``p=...``; a dense one needs no more.
+    """
+    found, losses = [], list[float]()
+    for ids in batches(blocks, batch, model.device):
+        logits = model(input_ids=ids, use_cache=False, **call).logits
+        found.append(logits.argmax(-1).cpu().numpy())
+        losses.extend(_block_losses(logits, ids))
+    return np.concatenate(found).astype(np.int32), float(np.mean(losses))
 
 
 def sweep(
@@ -83,6 +88,14 @@ def sweep(
     return [evaluate(model, blocks, p, reference=reference) for p in grid]
 
 
-def _batches(blocks: npt.NDArray[np.int32], size: int, device: torch.device) -> Iterator[torch.Tensor]:
+def batches(blocks: npt.NDArray[np.int32], size: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Blocks of token ids [N, T] on a device, ``size`` at a time."""
     for start in range(0, len(blocks), size):
         yield torch.from_numpy(blocks[start : start + size].astype(np.int64)).to(device)
+
+
+def _block_losses(logits: torch.Tensor, ids: torch.Tensor) -> list[float]:
+    """Mean cross-entropy of each block, nats per token."""
+    nats = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    found: list[float] = nats.view(len(ids), -1).mean(1).tolist()
+    return found

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modification.generate import generate
-from modification.measure.quality import GRID, Quality, predictions, sweep
+from modification.measure.quality import GRID, Quality, reference_of, sweep
 from modification.measure.retrieval import accuracy
 from modification.measure.tradeoff import shares
 
@@ -40,11 +40,11 @@ def rows_of(
     """A row for each p of a grid over blocks [N, T].
 
     Args:
-        reference: the parent's ``predictions``; the model's own at p = 0 by default.
+        reference: the parent's likeliest next tokens, [N, T]; the model's own at p = 0 by default.
     """
     model.eval()
     if reference is None:
-        reference = predictions(model, blocks, p=0.0)
+        reference, _ = reference_of(model, blocks, p=0.0)
     found = sweep(model, blocks, grid, reference)
     return [Row(quality, *shares(model, quality, blocks.shape[1])) for quality in found]
 
