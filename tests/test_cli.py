@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import runpy
+import shutil
 import sys
 
 import pytest
@@ -127,6 +128,20 @@ def test_inspect_says_why_a_model_cannot_be_converted(tmp_path, capsys):
     ))
     assert main(["inspect", str(save_folder(phi, tmp_path / "phi"))]) == 0
     assert json.loads(capsys.readouterr().out)["family"] == "phi, by its structure"
+
+
+def test_convert_overwrites_nothing(parent, text, tmp_path, capsys):
+    """Neither its own parent nor a folder of somebody else's; byte for byte."""
+    whole = tmp_path / "parent"
+    shutil.copytree(parent, whole)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("precious")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for out in (whole, tmp_path / "mine"):
+        message = refused(capsys, "convert", str(whole), str(out), "--data", str(text), "--tokens", "256", "--block",
+                          "16", "--batch", "4")
+        assert "holds files that are no conversion's" in message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_dial_makes_load_one_minus_p_on_another_text(tmp_path, capsys):

@@ -178,6 +178,13 @@ def test_too_little_text_is_refused():
         pack([[1, 2, 3]], 8)
 
 
+@pytest.mark.parametrize("tokens", [0, -3])
+def test_no_tokens_are_refused(tokens):
+    """Where a number of them is asked for."""
+    with pytest.raises(ValueError, match=f"tokens={tokens}: must be 1 or more"):
+        pack([[1, 2, 3]], 2, tokens)
+
+
 @pytest.mark.parametrize("block", [0, -1])
 def test_an_empty_block_is_refused(block):
     """A block holds at least one token."""

@@ -92,6 +92,8 @@ def _claim(out: Path, resume: bool) -> str | None:
     """Take the folder for this run; the checkpoint to go on from, if any."""
     if (out / REPORT).exists():
         raise FileExistsError(f"{out} holds a finished conversion: choose another folder, or remove it first")
+    if out.is_dir() and not (out / RUN).is_file() and any(out.iterdir()):
+        raise FileExistsError(f"{out} holds files that are no conversion's: choose another folder")
     last = last_checkpoint(out / CHECKPOINTS)
     if last and not resume:
         raise FileExistsError(f"{out} holds an unfinished conversion: add --resume to go on, or remove the folder")

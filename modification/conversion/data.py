@@ -82,6 +82,8 @@ def pack(documents: Iterable[list[int]], block: int, max_tokens: int | None = No
     """
     if block < 1:
         raise ValueError(f"block={block}: must be 1 token or more")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"tokens={max_tokens}: must be 1 or more")
     blocks: list[npt.NDArray[np.int32]] = []
     wanted = None if max_tokens is None else max(1, max_tokens // block)
     buffer: list[int] = []

@@ -56,7 +56,8 @@ def train(
         ValueError: too little text for one batch, a teacher of another vocabulary, or a resumed run's settings
             differ from those it began with.
         InterruptedError: the process was told to terminate; a checkpoint holds what was done.
-        FileExistsError: ``out`` holds a finished conversion, or an unfinished one and ``resume`` is not set.
+        FileExistsError: ``out`` holds a finished conversion, an unfinished one and ``resume`` is not set, or anything
+            else: the parent, say.
         OSError: ``out`` can't be written, or the disk has no room for the checkpoints.
     """
     options = options or Options()
