@@ -389,6 +389,7 @@ def test_a_run_writes_model_report_and_log(finished):
     report = json.loads((out / "report.json").read_text())
     assert report["mod"] == model.config.mod
     assert {**report["mod"], "dial": []} == MoDConfig().to_dict()
+    assert again.config.use_cache is dense_model("llama").config.use_cache is True
     assert report["resumed"] is False
     assert [row["p"] for row in report["sweep"]] == [row.p for row in rows]
     assert [row["loss"] for row in report["sweep"]] == pytest.approx([row.loss for row in rows])

@@ -144,6 +144,7 @@ def _run(
     last: str | None,
 ) -> tuple[PreTrainedModel, str]:
     """Train; the trained model, whole again where it was sharded, and how it was spread over processes."""
+    caching = getattr(model.config, "use_cache", True)  # Trainer turns it off, and it would be saved so
     trainer = _trainer(model, teacher, recipe, text, out, options)
     with asked_to_end() as asked:
         trainer.add_callback(SaveAndStop(asked))
@@ -151,6 +152,7 @@ def _run(
             trainer.train(resume_from_checkpoint=last)
     if asked.is_set():
         raise InterruptedError(f"stopped at step {trainer.state.global_step} of {recipe.steps}: --resume goes on")
+    model.config.use_cache = caching
     spread = trainer.accelerator.distributed_type.value
     if not options.fsdp:
         return model, spread
