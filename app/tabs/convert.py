@@ -68,7 +68,7 @@ class Convert:
         self.name = gr.Textbox(label="Name of the MoD model", value="my-model-MoD", elem_id="convert-name")
         self.data = gr.Textbox(
             label="Text", placeholder="/path/to/text.jsonl", elem_id="convert-data",
-            info="A path: .txt, or .jsonl or .parquet with text, prompt and response, or messages; .gz and .xz too",
+            info="A path: .txt or .jsonl (.gz and .xz too) or .parquet, with text, prompt and response, or messages",
         )
         self.file = gr.UploadButton("Upload a text", file_types=[".txt", ".jsonl", ".gz", ".xz", ".parquet"], size="sm")
         self.recipe = gr.Dropdown(RECIPES, value="any-p", label="Recipe", elem_id="convert-recipe")

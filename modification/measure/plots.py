@@ -31,7 +31,7 @@ def plot_run(log: Sequence[dict[str, Any]], folder: Path) -> Path:
     from plotly.subplots import make_subplots
 
     folder.mkdir(parents=True, exist_ok=True)
-    titles = ("loss, nats per token", "load", "load per MoD layer", "training tokens per second")
+    titles = ("loss, nats per token", "load", "load per MoD layer, in order", "training tokens per second")
     figure = make_subplots(rows=2, cols=2, subplot_titles=titles)
     steps = [record["step"] for record in log]
     for name in ("cross_entropy", "kl", "hidden_distance"):
@@ -40,7 +40,7 @@ def plot_run(log: Sequence[dict[str, Any]], folder: Path) -> Path:
     figure.add_scatter(x=steps, y=[record["load"] for record in log], name="load", row=1, col=2)
     for at in range(len(log[0]["layer_loads"]) if log else 0):
         loads = [record["layer_loads"][at] for record in log]
-        figure.add_scatter(x=steps, y=loads, name=f"MoD layer {at}", row=2, col=1)
+        figure.add_scatter(x=steps, y=loads, name=f"MoD layer {at + 1} of {len(log[0]['layer_loads'])}", row=2, col=1)
     speeds = [record.get("tokens_per_second") for record in log]
     figure.add_scatter(x=steps, y=speeds, name="tokens per second", row=2, col=2)
     figure.update_layout(title="A conversion (measured)", template="plotly_white")
