@@ -24,7 +24,7 @@ OPENING = (
 )
 # How each recipe and way of tuning reads in the lists.
 RECIPES = [
-    ("any-p: one set of weights for every p", "any-p"),
+    ("any-p: one model for every p", "any-p"),
     ("fixed-p: for p = 0.5 alone", "fixed-p"),
     ("calibrate: no training, routers fitted in a minute", "calibrate"),
     ("paper: MoDification as published", "paper"),
