@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import math
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from cards import dense_card, mod_card
-from make_parent import TOKENS, make_parent, tokens_seen
+from make_parent import TOKENS, make_parent, mixed_blocks, tokens_seen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.service import Request
@@ -61,10 +62,9 @@ def make_pair(text: Path, name: str, work: Path, parent_tokens: int, mod_tokens:
 
 def _convert(text: Path, parent: Path, tokenizer: Any, held_out: np.ndarray, out: Path, tokens: int) -> None:
     bf16 = torch.cpu._is_avx512_bf16_supported()
-    recipe = Recipe(tokens=tokens, block=512, batch=4, lr=1e-3, bf16=bf16)
+    recipe = Recipe(tokens=tokens, block=1024, batch=3, lr=1e-3, bf16=bf16)
     documents = list(read_documents(text, tokenizer, "train"))
-    np.random.default_rng(1).shuffle(documents)
-    blocks = pack(documents, recipe.block, tokens)
+    blocks = mixed_blocks(random.Random(2), documents, tokenizer, tokens, recipe.block)
     model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
     options = Options(resume=True, facts={"parent": parent.name})
     train(model, tokenizer, MoDConfig(layers="inner"), recipe, Text(blocks, held_out), out, options)
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--name", default="Llama-Storyteller-10M")
     parser.add_argument("--work", type=Path, default=Path("runs/storyteller"))
     parser.add_argument("--parent-tokens", type=int, default=TOKENS)
-    parser.add_argument("--mod-tokens", type=int, default=3_000_000)
+    parser.add_argument("--mod-tokens", type=int, default=4_000_000)
     arguments = parser.parse_args()
     make_pair(arguments.text, arguments.name, arguments.work, arguments.parent_tokens, arguments.mod_tokens)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils.data import Dataset
@@ -154,17 +155,24 @@ def _second_pass(
 ) -> Path:
     """The text once more, no document seeing another, with facts to retrieve mixed in; the rate rises and decays."""
     if not (out / "final" / "model.safetensors").is_file():
-        rng = random.Random(1)
-        budget, mixed = SECOND_TOKENS, list[list[int]]()
-        order = iter(rng.sample(documents, len(documents)))
-        while budget > 0:
-            one = retrieval_document(rng, documents, tokenizer) if rng.random() < RETRIEVAL_SHARE else next(order)
-            mixed.append(one)
-            budget -= len(one)
-        packed = pack_whole(mixed, CONTEXT, tokenizer.pad_token_id)
-        np.random.default_rng(1).shuffle(packed)
+        packed = mixed_blocks(random.Random(1), documents, tokenizer, SECOND_TOKENS, CONTEXT)
         train(model, Documents(packed), CONTEXT, out, 2e-3, lambda t: min(1.0, t / 0.04 + 0.01, max(0.02, 1.02 - t)))
     return out / "final"
+
+
+def mixed_blocks(
+    rng: random.Random, documents: list[list[int]], tokenizer: Any, tokens: int, block: int
+) -> npt.NDArray[np.int32]:
+    """Documents in another order, a share of chats about facts among them, whole in blocks: see ``pack_whole``."""
+    mixed = list[list[int]]()
+    order = iter(rng.sample(documents, len(documents)))
+    while tokens > 0:
+        one = retrieval_document(rng, documents, tokenizer) if rng.random() < RETRIEVAL_SHARE else next(order)
+        mixed.append(one)
+        tokens -= len(one)
+    packed = pack_whole(mixed, block, tokenizer.pad_token_id)
+    np.random.default_rng(1).shuffle(packed)
+    return packed
 
 
 def retrieval_document(rng: random.Random, documents: list[list[int]], tokenizer: Any) -> list[int]:

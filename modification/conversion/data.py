@@ -173,7 +173,7 @@ class Text:
     """What a run reads.
 
     Attributes:
-        blocks: training text, [N, T] token ids.
+        blocks: training text, [N, T] token ids; or whole documents side by side, [N, 2, T], see ``pack_whole``.
         held_out: text for the report, [N, T].
         names: the sources' names.
         sources: which source each block is from, [N]; None with one source.
@@ -185,6 +185,15 @@ class Text:
     names: tuple[str, ...] = ()
     sources: npt.NDArray[np.int64] | None = None
     reweight: bool = False
+
+    def dataset(self) -> Dataset[dict[str, torch.Tensor]]:
+        """The training text as Trainer takes it."""
+        return Blocks(self.blocks, self.sources) if self.blocks.ndim == 2 else Documents(self.blocks)
+
+    def first(self, tokens: int) -> npt.NDArray[np.int32]:
+        """The ids of the first blocks of training text, at least one, so many tokens at most: [N, T]."""
+        found = self.blocks[: max(1, tokens // self.blocks.shape[-1])]
+        return token_ids(found) if found.ndim == 2 else found[:, 0]
 
 
 def _open(path: Path) -> TextIO:

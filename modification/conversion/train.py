@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from modification.config import MoDConfig
 from modification.conversion.calibrate import CALIBRATION_TOKENS, fit_dial, fit_routers
 from modification.conversion.checks import CHECKPOINTS, REPORT, Options, disk_errors, prepare_folder, processes
-from modification.conversion.data import Blocks, Text, token_ids
+from modification.conversion.data import Text
 from modification.conversion.recipes import Recipe
 from modification.conversion.trainer import (
     ConversionTrainer,
@@ -77,13 +77,13 @@ def train(
     finish = prepare(model, recipe)
     benefits, spread = None, "NO"
     if recipe.fit:
-        benefits = fit_routers(model, _calibration(text.blocks, recipe.tokens))
+        benefits = fit_routers(model, text.first(recipe.tokens))
     else:
         model, spread = _run(model, teacher, recipe, text, out, options, last)
     seconds = time.monotonic() - began
     if processes()[0]:  # the first process writes
         return []
-    dial = fit_dial(model, _calibration(text.blocks, CALIBRATION_TOKENS))
+    dial = fit_dial(model, text.first(CALIBRATION_TOKENS))
     facts = {
         "mod": model.config.mod, "seconds_this_run": round(seconds, 1), "resumed": last is not None,
         "calibration": dataclasses.asdict(dial), "benefits": benefits,
@@ -134,11 +134,6 @@ def _check_teacher(teacher: Any, model: PreTrainedModel) -> None:
     teacher.eval().requires_grad_(False)
 
 
-def _calibration(blocks: npt.NDArray[np.int32], tokens: int) -> npt.NDArray[np.int32]:
-    """The first blocks, all their tokens as ids."""
-    return token_ids(blocks[: max(1, tokens // blocks.shape[1])])
-
-
 def _run(
     model: PreTrainedModel, teacher: nn.Module | None, recipe: Recipe, text: Text, out: Path, options: Options,
     last: str | None,
@@ -182,7 +177,7 @@ def _trainer(
     mixing = _mixing(text)
     callbacks = [ProgressBar(out / LOG), Steering(recipe.penalty), *([mixing] if mixing else [])]
     trainer = ConversionTrainer(
-        recipe, teacher, model=model, args=arguments, train_dataset=Blocks(text.blocks, text.sources),
+        recipe, teacher, model=model, args=arguments, train_dataset=text.dataset(),
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)

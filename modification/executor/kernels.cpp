@@ -4,6 +4,9 @@
 // everything else in registers and first-level cache. Weights are read where torch holds them: nothing is
 // repacked or copied. Activations are float32 whatever the weights are.
 //
+// What a row gets does not depend on who shares its batch, nor on the number of threads, bit for bit: every sum is
+// taken in an order that the row alone decides.
+//
 // Compiled at first use by native.py, which mirrors the structs.
 
 #include <algorithm>
@@ -20,7 +23,9 @@ namespace {
 
 constexpr int LANES = 16;
 constexpr int ROWS = 8;      // rows that share one pass over a matrix
+constexpr int STEPS = 2;     // independent sums of a product: one would leave the units waiting where rows are few
 constexpr int KEYS = 128;    // keys per softmax block: a block of scores and keys stays in cache
+constexpr int STRETCH = 256; // keys, at most, that one thread attends to at a time
 
 using vec = float __attribute__((vector_size(4 * LANES)));
 using ints = int32_t __attribute__((vector_size(4 * LANES)));
@@ -73,10 +78,17 @@ inline Span share(int64_t total, int thread, int threads) {
     return {total * thread / threads, total * (thread + 1) / threads};
 }
 
+// What is left of a product beyond the last full vector. Never inlined: each place would sum in an order of its own.
+template <class T>
+__attribute__((noinline)) float rest(const T* w, const float* x, int64_t from, int64_t to) {
+    float y = 0;
+    for (int64_t j = from; j < to; ++j) y += read(w + j) * x[j];
+    return y;
+}
+
 // y[m][r] = w[m] . x[r] for M rows of a matrix and N rows of x at once: each vector that is loaded is used often.
 template <int N, int M, class T>
 inline void dots(const T* w, const float* const* x, int64_t width, float (*y)[ROWS]) {
-    constexpr int STEPS = N * M > 4 ? 1 : 2;  // independent sums, where few rows would leave the units waiting
     vec sums[STEPS][M][N]{};
     int64_t i = 0;
     for (; i + STEPS * LANES <= width; i += STEPS * LANES)
@@ -97,14 +109,14 @@ inline void dots(const T* w, const float* const* x, int64_t width, float (*y)[RO
             vec all{};
             UNROLL for (int s = 0; s < STEPS; ++s) all += sums[s][m][r];
             y[m][r] = sum(all);
-            for (int64_t j = i; j < width; ++j) y[m][r] += read(w + m * width + j) * x[r][j];
+            if (i < width) y[m][r] += rest(w + m * width, x[r], i, width);
         }
 }
 
 // out(r, o, w[o] . x[r] + bias[o]) for outputs o in a span and N rows from `first` on.
 template <int N, class T, class Out>
 void block(const T* w, const T* bias, const float* x, int64_t first, int64_t width, Span span, Out out) {
-    constexpr int M = N == 1 ? 1 : N <= 4 ? 4 : 3;  // as many sums as registers hold
+    constexpr int M = N == 1 ? 1 : 2;  // as many sums as registers hold
     const float* at[N];
     for (int r = 0; r < N; ++r) at[r] = x + (first + r) * width;
     float y[M][ROWS];
@@ -237,6 +249,29 @@ inline int64_t first_visible(const Row& row) {
     return std::upper_bound(row.columns + row.start, row.columns + row.end, (int32_t)(row.column - row.window)) - row.columns;
 }
 
+// Keys `from` to `to` of one head of one row, counted from the row's first: what one thread does at a time.
+struct Stretch {
+    int64_t row, head, from, to;
+    int64_t part;    // its place in the list
+    int64_t middle;  // keys of all stretches up to its middle
+    bool whole;      // the head has no other
+};
+
+// All stretches of a batch, those of a head one after another and of equal length; how many keys they have.
+inline int64_t list_stretches(const std::vector<Row>& rows, int64_t heads, std::vector<Stretch>& out) {
+    int64_t before = 0;
+    out.clear();
+    for (size_t r = 0; r < rows.size(); ++r) {
+        const int64_t keys = rows[r].end + 1 - rows[r].start, count = (keys + STRETCH - 1) / STRETCH;
+        for (int64_t h = 0; h < heads; ++h, before += keys)
+            for (int64_t c = 0; c < count; ++c) {
+                const int64_t from = keys * c / count, to = keys * (c + 1) / count;
+                out.push_back({(int64_t)r, h, from, to, (int64_t)out.size(), before + (from + to) / 2, count == 1});
+            }
+    }
+    return before;
+}
+
 // All that one layer's threads share.
 template <class T>
 struct Pass {
@@ -248,9 +283,11 @@ struct Pass {
     const float *cosines, *sines;
     mutable int threads;  // as many as the system gave, at most those that scratch was made for
     float *normed, *q, *k, *v, *mixed, *inner;  // scratch
-    float* parts;                               // [threads, 2, heads per group, head] of split heads
+    float* parts;                               // [stretches, heads per group, head] of heads that have several
     float* queries;                             // [threads, heads per group, head]
-    Partial* partials;
+    Partial* partials;                          // [stretches, heads per group]
+    const std::vector<Stretch>& stretches;
+    int64_t keys;                               // of all stretches
 
     const T* weight(const void* p) const { return (const T*)p; }
     float* at(int64_t r) const { return x + rows[r].index * shape.width; }
@@ -276,13 +313,6 @@ struct Pass {
         part(layer.v, layer.v_bias, nq + nk, nk, v);
     }
 
-    // Total key positions over rows and heads; each thread takes an equal run of them.
-    int64_t work() const {
-        int64_t total = 0;
-        for (int64_t r = 0; r < count; ++r) total += (rows[r].end + 1 - rows[r].start) * shape.kv_heads;
-        return total;
-    }
-
     void append(const Row& row, int64_t r, int64_t h) const {
         float* key = k + (r * shape.kv_heads + h) * shape.head;
         const float* value = v + (r * shape.kv_heads + h) * shape.head;
@@ -295,66 +325,57 @@ struct Pass {
         if (row.columns && h == 0) row.columns[row.end] = (int32_t)row.column;
     }
 
-    // This thread's run of keys. A head whose keys fall to several threads leaves partial sums to merge.
-    void attention(int thread, std::vector<int64_t>& split) const {
-        const int64_t group = shape.heads / shape.kv_heads, half = shape.head / 2;
-        const Span mine = share(work(), thread, threads);
-        int64_t first = 0;
-        for (int64_t r = 0; r < count; ++r) {
-            const Row& row = rows[r];
-            const int64_t keys = row.end + 1 - row.start;
-            for (int64_t h = 0; h < shape.kv_heads; ++h, first += keys) {
-                const int64_t from = std::max<int64_t>(mine.from - first, 0), to = std::min(mine.to - first, keys);
-                if (from >= to) continue;
-                if (to == keys) append(row, r, h);
-                const bool whole = from == 0 && to == keys;
-                float* out = mixed + (r * shape.heads + h * group) * shape.head;
-                if (!whole) out = parts + (split.size() + 2 * (size_t)thread) * group * shape.head;
-                Partial* partial = partials + (split.size() + 2 * (size_t)thread) * group;
-                float* query = queries + thread * group * shape.head;
-                std::copy_n(q + (r * shape.heads + h * group) * shape.head, group * shape.head, query);
-                for (int64_t g = 0; g < group; ++g) {
-                    rotate(query + g * shape.head, weight(layer.q_norm), shape.head, shape.epsilon,
-                           cosines + row.index * half, sines + row.index * half);
-                    partial[g] = {-1e30f, 0};
-                }
-                std::fill(out, out + group * shape.head, 0.0f);
-                const T* ks = (const T*)row.keys + (h * row.capacity + row.start) * shape.head;
-                const T* vs = (const T*)row.values + (h * row.capacity + row.start) * shape.head;
-                for (int64_t j = from; j < to; j += KEYS)
-                    for (int64_t g = 0; g < group; ++g)
-                        attend(ks + j * shape.head, vs + j * shape.head, std::min<int64_t>(KEYS, to - j),
-                               query + g * shape.head, shape.head, shape.scale, partial[g], out + g * shape.head);
-                if (!whole) { split.push_back(r * shape.kv_heads + h); continue; }
-                for (int64_t g = 0; g < group; ++g)
-                    for (int64_t i = 0; i < shape.head; ++i) out[g * shape.head + i] /= partial[g].total;
-            }
+    // The keys of one head of one row, or a stretch of them.
+    void attend_stretch(const Stretch& one, int thread) const {
+        const int64_t group = shape.heads / shape.kv_heads, half = shape.head / 2, r = one.row, h = one.head;
+        const Row& row = rows[r];
+        if (one.to == row.end + 1 - row.start) append(row, r, h);
+        float* query = queries + thread * group * shape.head;
+        std::copy_n(q + (r * shape.heads + h * group) * shape.head, group * shape.head, query);
+        Partial* partial = partials + one.part * group;
+        float* out = one.whole ? mixed + (r * shape.heads + h * group) * shape.head : parts + one.part * group * shape.head;
+        for (int64_t g = 0; g < group; ++g) {
+            rotate(query + g * shape.head, weight(layer.q_norm), shape.head, shape.epsilon,
+                   cosines + row.index * half, sines + row.index * half);
+            partial[g] = {-1e30f, 0};
         }
+        std::fill(out, out + group * shape.head, 0.0f);
+        const T* ks = (const T*)row.keys + (h * row.capacity + row.start) * shape.head;
+        const T* vs = (const T*)row.values + (h * row.capacity + row.start) * shape.head;
+        for (int64_t j = one.from; j < one.to; j += KEYS)
+            for (int64_t g = 0; g < group; ++g)
+                attend(ks + j * shape.head, vs + j * shape.head, std::min<int64_t>(KEYS, one.to - j),
+                       query + g * shape.head, shape.head, shape.scale, partial[g], out + g * shape.head);
+        if (one.whole)
+            for (int64_t g = 0; g < group; ++g)
+                for (int64_t i = 0; i < shape.head; ++i) out[g * shape.head + i] /= partial[g].total;
     }
 
-    // Join the partial sums of split heads. A thread's run holds at most two of them: its first and its last.
-    void merge(const std::vector<std::vector<int64_t>>& split) const {
+    void attention(int thread) const {
+        for (const Stretch& one : stretches)
+            if (one.middle * threads / keys == thread) attend_stretch(one, thread);
+    }
+
+    // Join the stretches of heads that have several, in order.
+    void merge() const {
         const int64_t group = shape.heads / shape.kv_heads;
-        for (int64_t head = 0; head < count * shape.kv_heads; ++head)
+        for (size_t first = 0, after = 0; first < stretches.size(); first = after) {
+            const Stretch& one = stretches[first];
+            for (after = first + 1; after < stretches.size() && stretches[after].from > 0;) ++after;
+            if (one.whole) continue;
             for (int64_t g = 0; g < group; ++g) {
                 float top = -1e30f, total = 0;
-                bool found = false;
-                auto each = [&](auto use) {
-                    for (int t = 0; t < threads; ++t)
-                        for (size_t s = 0; s < split[t].size(); ++s)
-                            if (split[t][s] == head) use((s + 2 * (size_t)t) * group + g);
-                };
-                each([&](size_t at) { top = std::max(top, partials[at].top); found = true; });
-                if (!found) break;
-                float* out = mixed + (head * group + g) * shape.head;
+                for (size_t at = first; at < after; ++at) top = std::max(top, partials[at * group + g].top);
+                float* out = mixed + (one.row * shape.heads + one.head * group + g) * shape.head;
                 std::fill(out, out + shape.head, 0.0f);
-                each([&](size_t at) {
-                    const float weight = std::exp(partials[at].top - top);
-                    total += weight * partials[at].total;
-                    for (int64_t i = 0; i < shape.head; ++i) out[i] += weight * parts[at * shape.head + i];
-                });
+                for (size_t at = first; at < after; ++at) {
+                    const float weight = std::exp(partials[at * group + g].top - top);
+                    total += weight * partials[at * group + g].total;
+                    for (int64_t i = 0; i < shape.head; ++i) out[i] += weight * parts[(at * group + g) * shape.head + i];
+                }
                 for (int64_t i = 0; i < shape.head; ++i) out[i] /= total;
             }
+        }
     }
 
     void add(const void* w, const void* bias, const float* in, int64_t width, int thread) const {
@@ -391,22 +412,23 @@ void run(const Layer& layer, const Shape& shape, const Row* rows, int64_t count,
          const float* sines, const float* routers, const float* biases, float* logits, int threads) {
     static thread_local std::vector<float> scratch;
     static thread_local std::vector<Partial> partials;
+    static thread_local std::vector<Stretch> stretches;
+    std::vector<Row> visible(rows, rows + count);
+    for (Row& row : visible) row.start = first_visible(row);
+    const int64_t keys = list_stretches(visible, shape.kv_heads, stretches), parts = (int64_t)stretches.size();
     const int64_t nq = shape.heads * shape.head, nk = shape.kv_heads * shape.head;
     const int64_t group = shape.heads / shape.kv_heads;
     const int64_t sizes[] = {threads * count * shape.width, count * nq, count * nk, count * nk, count * nq,
-                             count * shape.inner, 2 * threads * group * shape.head, threads * group * shape.head};
+                             count * shape.inner, parts * group * shape.head, threads * group * shape.head};
     int64_t total = 0;
     for (int64_t size : sizes) total += size;
     if ((int64_t)scratch.size() < total) scratch.resize(total);
-    if ((int64_t)partials.size() < 2 * threads * group + group) partials.resize(2 * threads * group + group);
+    if ((int64_t)partials.size() < parts * group) partials.resize(parts * group);
     float* at[8];
     float* next = scratch.data();
     for (int i = 0; i < 8; ++i) { at[i] = next; next += sizes[i]; }
-    std::vector<Row> visible(rows, rows + count);
-    for (Row& row : visible) row.start = first_visible(row);
     const Pass<T> pass{layer, shape, visible.data(), count, x, cosines, sines, threads,
-                       at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], partials.data()};
-    std::vector<std::vector<int64_t>> split(threads);
+                       at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], partials.data(), stretches, keys};
 
     #pragma omp parallel num_threads(threads)
     {
@@ -415,10 +437,10 @@ void run(const Layer& layer, const Shape& shape, const Row* rows, int64_t count,
         pass.threads = omp_get_num_threads();
         pass.project(t);
         #pragma omp barrier
-        pass.attention(t, split[t]);
+        pass.attention(t);
         #pragma omp barrier
         #pragma omp single
-        pass.merge(split);
+        pass.merge();
         pass.add(layer.o, layer.o_bias, pass.mixed, nq, t);
         #pragma omp barrier
         pass.expand(t);
