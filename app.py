@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
+import signal
+import threading
 from pathlib import Path
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from app import ui
 from app.errors import UserError
 from app.service import Limits, Service
 from app.views import css
+from app.web import Guard, Quiet
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+PATIENCE = 30.0  # seconds that answers under way may take once the app is told to end
 
 
 def shipped_models() -> dict[str, Path]:
@@ -62,9 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--host", default=None, help="address to serve on (default: this machine only)")
     parser.add_argument("--port", type=int, default=None, help="port (default: the first free one from 7860)")
-    parser.add_argument(
-        "--running", type=int, default=Limits().running, help="generations at once (default: %(default)s)"
-    )
+    _limit_flags(parser)
     parser.add_argument(
         "--converted", type=Path, default=Path("converted"),
         help="folder for models that are converted in the app (default: ./%(default)s)",
@@ -79,23 +83,77 @@ def main() -> None:
     )
     parser.add_argument("--mcp", action="store_true", help="offer generate, chat, sweep and estimate as MCP tools too")
     arguments = parser.parse_args()
-    if arguments.running < 1:
-        parser.error(f"--running {arguments.running}: must be 1 or more")
     if arguments.mcp and importlib.util.find_spec("mcp") is None:
         parser.error('--mcp needs another package: pip install "gradio[mcp]"')
     public = arguments.public or (not arguments.trusted and not _at_home(arguments.host))
-    limits = Limits(running=arguments.running, free_models=not public, convert=not public)
-    service = Service(listed_models(arguments.model), ASSETS / "traces", limits, arguments.converted)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("modification").setLevel(logging.INFO)
+    service = Service(
+        listed_models(arguments.model), ASSETS / "traces", _limits(arguments, parser, public), arguments.converted
+    )
     try:
         if service.names():
             print(service.open(service.names()[0]).describe(), flush=True)
     except UserError as error:
         parser.error(str(error))
     service.keep_tidy()
-    ui.build(service, ASSETS).launch(
-        server_name=arguments.host, server_port=arguments.port, css=css(), theme=_theme(), footer_links=["api"],
-        max_file_size="20mb", mcp_server=arguments.mcp,
+    _serve(service, arguments)
+
+
+def _limit_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag a limit, named and explained as users meet it."""
+    usual = Limits()
+    for flag, value, says in (
+        ("--running", usual.running, "requests at work at once; generations of one model are decoded together"),
+        ("--waiting", usual.waiting, "requests that may wait for a place"),
+        ("--per-user", usual.each, "requests of one user, at work or waiting"),
+        ("--new-tokens", usual.new_tokens, "longest answer, in tokens"),
+        ("--prompt-tokens", usual.prompt_tokens, "longest prompt, in tokens"),
+        ("--file-mb", usual.file_bytes // 10**6, "largest file that can be uploaded, in MB"),
+        ("--cache-mb", 0, "keys and values of all sessions together, in MB; 0: a quarter of the free memory"),
+    ):
+        parser.add_argument(flag, type=int, default=value, metavar="N", help=f"{says} (default: %(default)s)")
+    parser.add_argument(
+        "--folder", action="append", default=[], type=Path, metavar="FOLDER",
+        help="model folders are opened only from here, links followed; may be repeated (default: from anywhere)",
     )
+
+
+def _limits(arguments: argparse.Namespace, parser: argparse.ArgumentParser, public: bool) -> Limits:
+    for name, least in (
+        ("running", 1), ("waiting", 0), ("per_user", 1), ("new_tokens", 1), ("prompt_tokens", 1), ("file_mb", 1),
+        ("cache_mb", 0),
+    ):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be {least} or more")
+    for folder in arguments.folder:
+        if not folder.is_dir():
+            parser.error(f"--folder {folder}: there is no such folder")
+    return Limits(
+        running=arguments.running, waiting=arguments.waiting, each=arguments.per_user, new_tokens=arguments.new_tokens,
+        prompt_tokens=arguments.prompt_tokens, file_bytes=arguments.file_mb * 10**6,
+        cache_bytes=arguments.cache_mb * 10**6, folders=tuple(folder.resolve() for folder in arguments.folder),
+        free_models=not public, convert=not public,
+    )
+
+
+def _serve(service: Service, arguments: argparse.Namespace) -> None:
+    """Serve until told to end; then finish the answers under way."""
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())
+    logging.getLogger("uvicorn.access").addFilter(Quiet())
+    demo = ui.build(service, ASSETS)
+    demo.launch(
+        server_name=arguments.host, server_port=arguments.port, css=css(), theme=_theme(), footer_links=["api"],
+        max_file_size=service.limits.file_bytes, mcp_server=arguments.mcp, prevent_thread_lock=True,
+        app_kwargs={"middleware": [Middleware(Guard, service=service)]},
+    )
+    asked.wait()
+    print("Ending: answers under way are finished, at most so many seconds:", PATIENCE, flush=True)
+    whole = service.shut_down(PATIENCE)
+    demo.close(verbose=False)
+    print("Ended." if whole else "Ended; some answers were cut short.", flush=True)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,10 @@ class _Layer(CacheLayerMixin):
             self._drop_before(floor)
             self.floor = floor
 
+    def settle(self, end: int) -> None:
+        """Drop the entries of columns from ``end`` on, whether or not they were counted; of a batch of one row."""
+        raise NotImplementedError
+
     def _drop_before(self, column: int) -> None:
         raise NotImplementedError
 
@@ -157,6 +161,10 @@ class GrowingLayer(_Layer):
         elif end < self.seen:
             self.buffer.keep(slice(0, end - self.floor))
             self.seen = end
+
+    def settle(self, end: int) -> None:
+        self.buffer.end = min(self.buffer.end, self.buffer.start + end - self.floor)
+        self.seen = end
 
     def reset(self) -> None:
         self.buffer, self.seen, self.floor = Buffer(), 0, 0
@@ -227,6 +235,11 @@ class RaggedLayer(_Layer):
             self.seen = end
             for row in self.rows:
                 row.crop(end)
+
+    def settle(self, end: int) -> None:
+        for row in self.rows:
+            row.end -= int((row.columns >= end).sum())
+        self.seen = end
 
     def reset(self) -> None:
         self.rows, self.seen, self.floor = [], 0, 0
@@ -313,6 +326,11 @@ class RaggedCache(Cache):
         """Empty the cache and free its memory."""
         super().reset()
         self.tokens = []
+
+    def settle(self) -> None:
+        """Forget what a step that failed half-way has written beyond ``tokens``."""
+        for layer in self.layers:
+            layer.settle(len(self.tokens))
 
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` new columns in the MoD layers, whether or not they were stored there."""

@@ -6,19 +6,19 @@ executor's affair. Other decoding methods (beams, guessing ahead) go through the
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from modification.architectures import entry_bytes
+from modification.batching import Stream, run
 from modification.cache import RaggedCache
 from modification.config import Threshold, check_thresholds
-from modification.executor import Executor, Pass, executor_of
+from modification.executor import executor_of
 from modification.model import MoDModel, check_cache
+from modification.sampling import Sampler
 from modification.trace import Step
 
 
@@ -57,14 +57,30 @@ def generate(
     Raises:
         ValueError: a value out of bounds, at the call itself and not at the first step.
     """
+    stream = prepare(
+        model, input_ids, p=p, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+        seed=seed, stop=stop, alternatives=alternatives, cache=cache,
+    )
+    return (step for _, step in run(executor_of(model), [stream]))
+
+
+def prepare(
+    model: Any, input_ids: Tensor | Sequence[int], *, p: Threshold | Callable[[], Threshold], max_new_tokens: int,
+    temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None,
+    stop: Collection[int] | None = None, alternatives: int = 0, cache: RaggedCache | None = None,
+) -> Stream:
+    """What :func:`generate` would run, checked but not begun: to be put into a ``Batch`` with others.
+
+    Raises:
+        ValueError: a value out of bounds.
+    """
     _check_model(model)
-    stream = Stream(
+    return Stream(
         _prompt(model, input_ids, max_new_tokens), model.new_cache() if cache is None else _own(model, cache),
         _dial(p, len(model.mod_layers)), max_new_tokens,
         Sampler(temperature, top_p, top_k, seed, model.device, alternatives),
-        frozenset(_end_tokens(model) if stop is None else stop),
+        frozenset(_end_tokens(model) if stop is None else stop), keep=cache is not None,
     )
-    return (step for _, step in run(executor_of(model), [stream], keep=cache is not None))
 
 
 def generate_batch(
@@ -97,178 +113,14 @@ def generate_batch(
     """
     _check_model(model)
     dials = _dials(p, len(prompts), len(model.mod_layers))
-    ends = frozenset(_end_tokens(model) if stop is None else stop)
     streams = [
-        Stream(
-            _prompt(model, prompt, max_new_tokens), model.new_cache(), dial, max_new_tokens,
-            Sampler(temperature, top_p, top_k, seed, model.device), ends,
+        prepare(
+            model, prompt, p=dial, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+            seed=seed, stop=stop,
         )
         for prompt, dial in zip(prompts, dials, strict=True)
     ]
-    return run(executor_of(model), streams, keep=False)
-
-
-_NUCLEUS = 256  # tokens looked at first for top-p
-
-
-class Choice(NamedTuple):
-    """A chosen token, its log-probability under the unaltered distribution, and the likeliest tokens with theirs."""
-
-    token: int
-    logprob: float
-    likely: tuple[int, ...] = ()
-    likely_logprobs: tuple[float, ...] = ()
-
-
-class Sampler:
-    """Chooses the next token from logits [V]: greedy, or by temperature with top-k and top-p."""
-
-    def __init__(
-        self, temperature: float, top_p: float, top_k: int, seed: int | None, device: torch.device,
-        alternatives: int = 0,
-    ) -> None:
-        if not 0.0 <= temperature <= 10.0:
-            raise ValueError(f"temperature={temperature!r}: must be a number from 0 (greedy) to 10")
-        if not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p={top_p!r}: must be above 0 and at most 1")
-        if top_k < 0:
-            raise ValueError(f"top_k={top_k!r}: must be 0 (all tokens) or more")
-        if alternatives < 0:
-            raise ValueError(f"alternatives={alternatives!r}: must be 0 (none) or more")
-        self.alternatives = alternatives
-        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        self.generator = torch.Generator(device)
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
-
-    def __call__(self, logits: Tensor) -> Choice:
-        """Choose; the distribution is altered for the choice alone."""
-        logprobs, ids = torch.log_softmax(logits.float(), -1), None
-        if self.temperature == 0.0:
-            token = int(logprobs.argmax())
-        else:
-            weights, ids = self._candidates(logprobs / self.temperature)
-            place = torch.multinomial(weights, 1, generator=self.generator)
-            token = int(place if ids is None else ids[place])
-        if not self.alternatives:
-            return Choice(token, float(logprobs[token]))
-        count = min(self.alternatives, len(logprobs))
-        best = logprobs.topk(count).indices if ids is None or len(ids) < count else ids[:count]
-        return Choice(token, float(logprobs[token]), tuple(best.tolist()), tuple(logprobs[best].tolist()))
-
-    def _candidates(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weights of the tokens that may be chosen, and their ids; None where these are all, in order."""
-        weights, vocabulary = torch.softmax(scores, -1), len(scores)
-        limited = 0 < self.top_k < vocabulary
-        if not limited and self.top_p == 1.0:
-            return weights, None
-        count = self.top_k if limited else min(_NUCLEUS, vocabulary)
-        while True:  # the likeliest few usually hold top_p of the mass: sorting all would cost as much as a layer
-            best, ids = weights.topk(count)
-            mass = best / best.sum() if limited else best
-            # Keep a token while the mass before it is still short of top_p.
-            kept = mass.cumsum(-1) - mass < self.top_p
-            if limited or count == vocabulary or not bool(kept[-1]):
-                return best.masked_fill(~kept, 0.0), ids
-            count = min(vocabulary, 16 * count)
-
-
-class Stream:
-    """One row of a generation: its tokens, cache, threshold and sampler."""
-
-    def __init__(
-        self, ids: Tensor, cache: RaggedCache, read_p: Callable[[], Threshold], budget: int, choose: Sampler,
-        ends: frozenset[int],
-    ) -> None:
-        self.ids, self.cache, self.read_p, self.choose, self.ends = ids, cache, read_p, choose, ends
-        self.left = budget
-        self.logits: Tensor | None = None
-        self.choice = Choice(-1, float("nan"))
-
-    def threshold(self) -> Threshold:
-        """p as it is now."""
-        return check_thresholds(self.read_p(), len(self.cache.mod_layers))
-
-    def prefill(self, executor: Executor, p: Threshold) -> Step:
-        """Run what the cache doesn't hold of the prompt."""
-        start = time.perf_counter()
-        fresh = self.ids[_reusable(self.cache, self.ids.tolist()) :]
-        done = executor.prefill(fresh, self.cache, p)
-        self.logits = done.logits[0]
-        return self._step(fresh.cpu().numpy(), done.scores, done.routed, p, start, prefill=True)
-
-    @property
-    def ended(self) -> bool:
-        """Whether a stop token came or the budget is spent."""
-        return self.left == 0 or self.choice.token in self.ends
-
-    def pick(self) -> int:
-        """Choose the next token from the last logits."""
-        assert self.logits is not None
-        self.choice = self.choose(self.logits)
-        self.left -= 1
-        return self.choice.token
-
-    def accept(self, done: Pass, row: int, p: Threshold, start: float) -> Step:
-        """Take this row's share of a decode step."""
-        self.logits, one = done.logits[row], slice(row, row + 1)
-        return self._step(np.array([self.choice.token]), done.scores[:, one], done.routed[:, one], p, start)
-
-    def _step(
-        self, tokens: Any, scores: Any, routed: Any, p: Threshold, start: float, prefill: bool = False
-    ) -> Step:
-        size, choice = self.cache.nbytes(), self.choice
-        mean, layer_p = (sum(p) / len(p), p) if isinstance(p, tuple) else (p, ())
-        return Step(
-            tokens, np.full(len(tokens), choice.logprob, np.float32), scores, routed, mean, size.stored,
-            size.allocated, size.dense, time.perf_counter() - start, prefill, layer_p, choice.likely,
-            choice.likely_logprobs,
-        )
-
-
-def run(executor: Executor, streams: Sequence[Stream], keep: bool) -> Iterator[tuple[int, Step]]:
-    """Prompts row by row, then all rows that go on, one token each at a time. ``keep``: leave caches as they are."""
-    whole = True  # false while caches are being written: one that was left half written is of no use
-    try:
-        for row, stream in enumerate(streams):
-            p, whole = stream.threshold(), False
-            step = stream.prefill(executor, p)
-            whole = True
-            yield row, step
-        while going := [(row, stream) for row, stream in enumerate(streams) if not stream.ended]:
-            start = time.perf_counter()
-            thresholds = [stream.threshold() for _, stream in going]
-            tokens = [stream.pick() for _, stream in going]
-            whole = False
-            done = executor.decode(tokens, [stream.cache for _, stream in going], thresholds)
-            whole = True
-            for at, (row, stream) in enumerate(going):
-                step = stream.accept(done, at, thresholds[at], start)
-                if stream.ended and not keep:
-                    stream.cache.reset()
-                yield row, step
-    finally:
-        if not (keep and whole):
-            for stream in streams:
-                stream.cache.reset()
-
-
-def _reusable(cache: RaggedCache, ids: list[int]) -> int:
-    """Prompt tokens that the cache holds already; it is cut back to them. The last token always runs anew."""
-    same = 0
-    for held, given in zip(cache.tokens, ids[:-1], strict=False):
-        if held != given:
-            break
-        same += 1
-    try:
-        if same < len(cache.tokens):
-            cache.crop(same - len(cache.tokens))
-    except ValueError:  # what a sliding window dropped can't come back: start anew
-        cache.reset()
-        return 0
-    return same
+    return run(executor_of(model), streams)
 
 
 def _prompt(model: Any, input_ids: Tensor | Sequence[int], budget: int) -> Tensor:

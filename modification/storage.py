@@ -102,9 +102,11 @@ class Buffer:
     def _resize(self, capacity: int, like: Tensor) -> None:
         length = self.length
         shape = (*like.shape[:-2], capacity, like.shape[-1])
-        for name in ("_keys", "_values"):  # one after the other, so that only one old buffer is alive meanwhile
+        # Room for both before either moves: memory that runs out leaves things as they were. Mapped room takes none
+        # until it is written, so that only one old buffer more is alive meanwhile.
+        rooms = [_room(shape, like.dtype, like.device) for _ in range(2)]
+        for name, fresh in zip(("_keys", "_values"), rooms, strict=True):
             old: Tensor | None = getattr(self, name)
-            fresh = _room(shape, like.dtype, like.device)
             if old is not None:
                 fresh[..., :length, :] = old[..., self.start : self.end, :]
             setattr(self, name, fresh)

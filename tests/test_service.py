@@ -9,9 +9,10 @@ from talkers import byte_tokenizer, talker
 
 import app.service as service_module
 from app.errors import UserError
-from app.service import Limits, Request, Service, runs
+from app.service import Limits, Request, Service
 from app.service.pieces import PieceReader
-from app.service.turnstile import Turnstile
+from app.service.turnstile import FairLock, Turnstile
+from modification.batching import Batch
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,8 @@ def test_a_run_streams_prompt_and_every_new_token(service):
 
 
 def test_the_dial_moved_in_mid_run_changes_the_tokens_that_follow(service, monkeypatch):
-    allowed, next_step = threading.Semaphore(6), runs.next_step
-    monkeypatch.setattr(runs, "next_step", lambda steps, lock: allowed.acquire() and next_step(steps, lock))
+    allowed, step = threading.Semaphore(6), Batch.step
+    monkeypatch.setattr(Batch, "step", lambda batch: step(batch) if allowed.acquire(timeout=30) else [])
     run = service.run("one", 0.0, request(temperature=0.0))
     while not any(len(columns(update.tape)) == 16 + 5 for update in run if update.tape):
         pass
@@ -188,7 +189,7 @@ def test_a_step_that_cannot_be_is_a_sentence(service, change):
 
 def test_a_trace_that_is_too_large_is_refused_unread(folder):
     with pytest.raises(UserError, match=r"at most 0 MB|0\.0 MB"):
-        Service({}, limits=Limits(trace_bytes=10)).read_trace(b"x" * 100)
+        Service({}, limits=Limits(file_bytes=10)).read_trace(b"x" * 100)
 
 
 def test_turnstile_lets_in_by_order_of_arrival():
@@ -209,6 +210,57 @@ def test_turnstile_lets_in_by_order_of_arrival():
     for thread in threads:
         thread.join(10)
     assert order == list(range(6))
+
+
+def test_one_user_gets_so_many_places_and_no_more():
+    gate = Turnstile(1, 10, each=2)
+    for user in ("a", "a", "b"):
+        gate.join(object(), user)
+    with pytest.raises(UserError, match="at most 2 at a time"):
+        gate.join(object(), "a")
+    gate.join(object(), "c")
+
+
+def test_memory_makes_wait_then_lets_in_and_what_never_fits_is_refused():
+    held = [30]
+    gate = Turnstile(5, 10, room=100, held=lambda: held[0], relieve=lambda short: held.clear() or held.append(0))
+    first, second, third = object(), object(), object()
+    gate.join(first, need=60)
+    assert gate.wait(first, 0.01) is None
+    assert held == [30], "it fitted beside what is held"
+    gate.join(second, need=50)
+    gate.join(third, need=1)
+    assert gate.wait(second, 0.01) == 0
+    assert gate.wait(third, 0.01) == 1, "nobody overtakes"
+    assert gate.promised() == 60
+    gate.leave(first)
+    assert gate.wait(second, 0.01) is None
+    gate.join(first, need=45)
+    assert gate.wait(third, 0.01) is None
+    assert gate.wait(first, 0.01) is None
+    assert held == [0], "what could be given back was"
+    with pytest.raises(UserError, match=r"at most 0\.0 MB"):
+        gate.join(object(), need=101)
+
+
+def test_a_lock_that_is_wanted_goes_round():
+    """Three who take it again and again get it in turn."""
+    lock, order, go = FairLock(), [], threading.Barrier(3)
+
+    def work(name):
+        go.wait()
+        for _ in range(30):
+            with lock:
+                order.append(name)
+                time.sleep(0.001)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    middle = order[10:-10]
+    assert all(len(set(middle[at : at + 3])) == 3 for at in range(len(middle) - 2))
 
 
 def test_service_holds_no_state_on_its_module():

@@ -253,7 +253,7 @@ def test_sampling_stays_within_its_bounds(options, allowed):
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
 def test_top_p_keeps_the_same_tokens_as_sorting_them_all(top_p, spread):
     """Whether the likeliest few hold the mass or not: flat and peaked distributions over 5,000 tokens."""
-    from modification.generate import Sampler
+    from modification.sampling import Sampler
 
     scores = spread * torch.randn(5000)
     weights, ids = Sampler(1.0, top_p, 0, 0, torch.device("cpu"))._candidates(scores)

@@ -5,7 +5,8 @@ Safe to call from several threads.
 """
 
 from app.service.door import Service
+from app.service.faults import sentence_of
 from app.service.requests import Limits, Request
 from app.service.runs import Update
 
-__all__ = ["Limits", "Request", "Service", "Update"]
+__all__ = ["Limits", "Request", "Service", "Update", "sentence_of"]

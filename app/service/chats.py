@@ -23,6 +23,8 @@ from app.service.runs import budget_of, ending, next_step, start
 from app.talk import ChatTape, SideFigures
 from modification import Step
 
+_TEMPLATE = 64  # tokens that a chat template may put around a message
+
 
 @dataclass(slots=True)
 class Turn:
@@ -103,6 +105,19 @@ class Conversation:
         del self.turns[turns:]
         self.tape.cut(turns)
 
+    def allocated(self) -> int:
+        """Bytes of both caches' buffers."""
+        return sum(thread.cache.nbytes().allocated for thread in self.threads)
+
+    def need(self, models: tuple[Loaded, Loaded], message: str, budget: int) -> int:
+        """Bytes that the caches may come to (estimated), once ``message`` has got answers of ``budget`` tokens."""
+        total = 0
+        for at, loaded in enumerate(models):
+            told = len(self.threads[at].cache.tokens) if at < len(self.threads) else 0
+            new = len(loaded.tokenizer(message)["input_ids"]) + _TEMPLATE + budget
+            total += loaded.cache_bytes(min(told + new, loaded.context))
+        return total
+
     def close(self) -> None:
         """Free both caches, now or when the answer under way has come to its end."""
         self.closed = True
@@ -137,6 +152,23 @@ class Chats:
             spare = [self._open.pop(name) for name in quiet[: max(0, len(self._open) - self.limits.chats)]]
         for one in ([old] if old is not None and old is not conversation else []) + spare:
             one.close()
+
+    def held(self) -> int:
+        """Bytes of the caches of conversations in which nobody is answering."""
+        with self._table:
+            quiet = [one for one in self._open.values() if not one.busy.locked()]
+        return sum(one.allocated() for one in quiet)
+
+    def relieve(self, wanted: int) -> None:
+        """Close quiet conversations, the least recently used first, until so many bytes are free."""
+        with self._table:
+            quiet = sorted(((one.used, name) for name, one in self._open.items() if not one.busy.locked()))
+        for _, name in quiet:
+            if wanted <= 0:
+                return
+            if (found := self.of(name)) is not None:
+                wanted -= found.allocated()
+                self.close(name)
 
     def close(self, session: str) -> None:
         """Forget a session's conversation and free its caches."""

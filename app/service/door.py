@@ -18,16 +18,18 @@ from app.errors import UserError
 from app.service import measuring
 from app.service.chats import Chats, Conversation, answer
 from app.service.conversions import Conversions, Plan, Progress
+from app.service.desk import Desk
 from app.service.jobs import Finished, Report, in_background
 from app.service.library import DTYPES, Library, Loaded, Options, parse
+from app.service.metrics import Metrics
 from app.service.requests import Dial, Limits, Request
-from app.service.runs import Update, stream_tape
-from app.service.turnstile import Turnstile
+from app.service.runs import Update, prepare, stream_tape
 from app.talk import ChatTape
-from app.tape import summary, tape_of_trace
+from app.tape import Tape, summary, tape_of_trace
 from modification import RoutingTrace
 from modification.config import check_threshold
 from modification.measure.estimate import Estimate
+from modification.measure.memory import available_bytes
 
 _PATIENCE = 5.0  # seconds that a stopped answer may take to end
 
@@ -46,14 +48,14 @@ class Service:
         self, shipped: dict[str, Path | str], traces: Path | None = None, limits: Limits | None = None,
         converted: Path | None = None,
     ) -> None:
-        self.limits = limits or Limits()
+        self.limits = _with_memory(limits or Limits())
         self.conversions = Conversions(converted or Path("converted"))
         made = {name: path for name, path in self.conversions.finished().items() if name not in shipped}
         self.library = Library({**shipped, **made}, self.limits)
         self.traces = traces
         self._dials: dict[str, Dial] = {}
         self._chats = Chats(self.limits)
-        self._turnstile = Turnstile(self.limits.running, self.limits.waiting)
+        self.desk = Desk(self.limits, self._chats.held, self._chats.relieve, Metrics(self._gauges()))
 
     # Models
 
@@ -121,9 +123,9 @@ class Service:
         Raises:
             UserError: too large, or no trace.
         """
-        if len(data) > self.limits.trace_bytes:
+        if len(data) > self.limits.file_bytes:
             raise UserError(
-                f"The file has {len(data) / 1e6:.1f} MB; traces of at most {self.limits.trace_bytes / 1e6:.0f} MB are "
+                f"The file has {len(data) / 1e6:.1f} MB; traces of at most {self.limits.file_bytes / 1e6:.0f} MB are "
                 "read."
             )
         try:
@@ -148,19 +150,30 @@ class Service:
         Raises:
             UserError: an empty or overlong prompt, a model that can't be loaded, a full queue.
         """
-        prompt = self.limits.check_prompt(request.prompt)
-        dial = Dial(_threshold(p), request.shifts)
-        yield from self._load(request.model)
-        with self._dial(session, dial), self._place() as line:
-            yield from line
-            with self.library.lend(request.model) as loaded:
-                for tape in stream_tape(loaded, dial, prompt, request, self.limits):
-                    yield Update(tape=tape.text)
+        with self.desk.request("generate"):
+            prompt = self.limits.check_prompt(request.prompt)
+            dial = Dial(_threshold(p), request.shifts)
+            yield from self._load(request.model)
+            with self.library.lend(request.model) as loaded, self._dial(session, dial):
+                run = prepare(loaded, prompt, request, self.limits)
+                with self.desk.place(session, run.need) as line:
+                    yield from line
+                    yield from self._counted(stream_tape(run, dial, request, self.limits))
 
-    def generate(self, p: float, request: Request) -> dict[str, Any]:
+    def _counted(self, tapes: Iterator[Tape]) -> Iterator[Update]:
+        """A run's tapes as updates; what it did is counted, however it ends."""
+        tape: Tape | None = None
+        try:
+            for tape in tapes:
+                yield Update(tape=tape.text)
+        finally:
+            if tape is not None:
+                self.desk.metrics.routed(tape.new_tokens, tape.ran, tape.scored)
+
+    def generate(self, p: float, request: Request, user: str = "") -> dict[str, Any]:
         """A whole run for a program: its text and last figures; see :meth:`run`."""
         tape = ""
-        for update in self.run(f"api-{secrets.token_hex(8)}", p, request):
+        for update in self.run(user or f"api-{secrets.token_hex(8)}", p, request):
             tape = update.tape or tape
         return summary(tape)
 
@@ -176,22 +189,23 @@ class Service:
         Raises:
             UserError: an empty message, a model that can't be loaded, a full context or queue.
         """
-        message = self.limits.check_prompt(request.prompt)
-        key = f"{session}/chat"
-        dial = Dial(_threshold(p))
-        yield from self._both(*models)
-        with self._dial(key, dial), self._place() as line:
-            yield from line
-            with self.library.lend(models[0]) as dense, self.library.lend(models[1]) as routed:
-                conversation, swapped = self._conversation(session, (dense, routed), blind)
-                sides, dials = (dense, routed), (Dial(0.0), dial)
-                if swapped:
-                    sides, dials = (routed, dense), (dial, Dial(0.0))
-                with conversation.alone(_PATIENCE):
-                    if turns is not None:
-                        conversation.cut(turns)
-                    for tape in answer(conversation, sides, message, dials, request, self.limits):
-                        yield Update(tape=tape)
+        with self.desk.request("chat"), contextlib.ExitStack() as kept:
+            message = self.limits.check_prompt(request.prompt)
+            dial = Dial(_threshold(p))
+            yield from self._both(*models)
+            dense, routed = (kept.enter_context(self.library.lend(name)) for name in models)
+            conversation, swapped = self._conversation(session, (dense, routed), blind)
+            sides, dials = (dense, routed), (Dial(0.0), dial)
+            if swapped:
+                sides, dials = (routed, dense), (dial, Dial(0.0))
+            kept.enter_context(conversation.alone(_PATIENCE))
+            kept.enter_context(self._dial(f"{session}/chat", dial))
+            need = conversation.need(sides, message, min(request.max_new_tokens, self.limits.new_tokens))
+            yield from kept.enter_context(self.desk.place(session, need))
+            if turns is not None:
+                conversation.cut(turns)
+            for tape in answer(conversation, sides, message, dials, request, self.limits):
+                yield Update(tape=tape)
 
     def chat_tape(self, session: str) -> str:
         """The session's conversation as it stands, once an answer under way has come to its end."""
@@ -245,7 +259,7 @@ class Service:
     ) -> Iterator[Update]:
         """A text over a grid of p: the sweep so far, again and again; the last is whole."""
         yield from self._measured(
-            model, parent,
+            "sweep", model, parent,
             lambda loaded, dense, report: measuring.sweep_text(loaded, dense, text, grid, within, self.limits, report),
         )
 
@@ -255,19 +269,19 @@ class Service:
     ) -> Iterator[Update]:
         """Time a model against its dense parent: sentences, then the results."""
         yield from self._measured(
-            model, parent,
+            "bench", model, parent,
             lambda loaded, dense, report: measuring.bench_model(
                 loaded, dense, contexts, loads, new_tokens, rounds, stock, report
             ),
         )
 
     def _measured(
-        self, model: str, parent: str | None, work: Callable[[Loaded, Loaded | None, Report], Any]
+        self, kind: str, model: str, parent: str | None, work: Callable[[Loaded, Loaded | None, Report], Any]
     ) -> Iterator[Update]:
         """What work on a model and its dense parent, if there is one, reports, and its result."""
-        yield from self._both(model, parent)
-        with self._place() as line, contextlib.ExitStack() as kept:
-            yield from line
+        with self.desk.request(kind), contextlib.ExitStack() as kept:
+            yield from self._both(model, parent)
+            yield from kept.enter_context(self.desk.place())
             loaded = kept.enter_context(self.library.lend(model))
             dense = kept.enter_context(self.library.lend(parent)) if parent else None
             reports = in_background(lambda report: work(loaded, dense, report))
@@ -322,6 +336,27 @@ class Service:
     def _resolved(self, plan: Plan) -> Plan:
         return dataclasses.replace(plan, parent=str(self.library.listed.get(plan.parent, plan.parent)))
 
+    # The machine room
+
+    def metrics(self) -> bytes:
+        """Figures in Prometheus' text format."""
+        return self.desk.metrics.text()
+
+    def shut_down(self, patience: float) -> bool:
+        """Begin nothing new and wait for answers under way; whether all came to their end."""
+        return self.desk.close(patience)
+
+    def _gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:
+        return {
+            "mod_running": ("Requests at work.", lambda: self.desk.turnstile.count()[0]),
+            "mod_waiting": ("Requests in line.", lambda: self.desk.turnstile.count()[1]),
+            "mod_kv_promised_bytes": (
+                "Keys and values that requests at work may come to (estimated).", lambda: self.desk.turnstile.promised()
+            ),
+            "mod_kv_kept_bytes": ("Keys and values kept between a chat's turns.", self._chats.held),
+            "mod_models": ("Models in memory.", lambda: len(self.library.held())),
+        }
+
     # Shared parts
 
     @contextlib.contextmanager
@@ -333,21 +368,6 @@ class Service:
             if self._dials.get(key) is dial:
                 del self._dials[key]
 
-    @contextlib.contextmanager
-    def _place(self) -> Iterator[Iterator[Update]]:
-        """A place on the machine; the iterator within tells how many are ahead, until it is this one's turn."""
-        ticket = object()
-        self._turnstile.join(ticket)
-
-        def line() -> Iterator[Update]:
-            while (ahead := self._turnstile.wait(ticket, 0.4)) is not None:
-                yield Update(waiting=ahead)
-
-        try:
-            yield line()
-        finally:
-            self._turnstile.leave(ticket)
-
     def _load(self, name: str) -> Iterator[Update]:
         for seconds in self.library.loading(name):
             yield Update(loading=seconds)
@@ -355,6 +375,11 @@ class Service:
     def _both(self, model: str, parent: str | None) -> Iterator[Update]:
         for name in filter(None, (model, parent)):
             yield from self._load(name)
+
+
+def _with_memory(limits: Limits) -> Limits:
+    """Limits with a bound for keys and values: the one given, or a quarter of what is free now."""
+    return limits if limits.cache_bytes else dataclasses.replace(limits, cache_bytes=available_bytes() // 4)
 
 
 def _threshold(p: object) -> float:

@@ -29,18 +29,60 @@ class Cancelled(Exception):
     """Raised inside the work, at its next report, once nobody reads it."""
 
 
-def batches(work: Callable[[Report], Any], frame: float) -> Iterator[list[Any]]:
-    """What ``work(report)`` reports, gathered for ``frame`` seconds at a time (up to thrice that where much is
-    reported); the last report is Finished.
+class Mailbox:
+    """Reports on their way from whoever works to the one who reads.
+
+    Attributes:
+        ended: set once nothing more will come.
+        given_up: set once nobody reads any more.
+    """
+
+    def __init__(self) -> None:
+        self.ended, self.given_up = threading.Event(), threading.Event()
+        self._reports: list[Any] = []
+        self._news = threading.Condition()
+
+    def put(self, value: Any) -> None:
+        """A report."""
+        with self._news:
+            self._reports.append(value)
+            self._news.notify()
+
+    def finish(self, value: Any = None) -> None:
+        """The last report: the result."""
+        self.put(Finished(value))
+        self.ended.set()
+
+    def fail(self, error: BaseException) -> None:
+        """The last report: what went wrong, to be raised to the reader."""
+        self.put(_Failed(error))
+        self.ended.set()
+
+    def take(self) -> list[Any]:
+        """All that was reported since; waits a beat for the first."""
+        with self._news:
+            self._news.wait_for(lambda: self._reports, timeout=_BEAT)
+            taken, self._reports = self._reports, []
+        return taken
+
+    def close(self) -> None:
+        """Nobody reads any more."""
+        self.given_up.set()
+        self.ended.wait(_PATIENCE)
+
+
+def batches(source: Mailbox | Callable[[Report], Any], frame: float) -> Iterator[list[Any]]:
+    """What comes into a mailbox, or what ``work(report)`` reports from a thread of its own, gathered for ``frame``
+    seconds at a time (up to thrice that where much is reported); the last report is Finished.
 
     The first batch comes at once; an empty one now and then while nothing is reported. Closing the iterator cancels
     the work at its next report. An error of the work is raised here, after its reports.
     """
-    job = _Job(work)
+    box = source if isinstance(source, Mailbox) else _in_thread(source)
     try:
         while True:
             began = time.monotonic()
-            batch = job.take()
+            batch = box.take()
             if batch and isinstance(batch[-1], _Failed):
                 yield batch[:-1]
                 raise batch[-1].error
@@ -49,9 +91,9 @@ def batches(work: Callable[[Report], Any], frame: float) -> Iterator[list[Any]]:
                 return
             # The more there is to show, the rarer: fast work should not spend its time on being watched.
             pause = min(3 * frame, frame + _EACH * len(batch))
-            job.ended.wait(max(_LEAST, began + pause - time.monotonic()))
+            box.ended.wait(max(_LEAST, began + pause - time.monotonic()))
     finally:
-        job.close()
+        box.close()
 
 
 def in_background(work: Callable[[Report], Any]) -> Iterator[Any]:
@@ -65,44 +107,21 @@ class _Failed:
     error: BaseException
 
 
-class _Job:
-    """The work's thread and what it has reported so far."""
+def _in_thread(work: Callable[[Report], Any]) -> Mailbox:
+    box = Mailbox()
 
-    def __init__(self, work: Callable[[Report], Any]) -> None:
-        self.ended, self._given_up = threading.Event(), threading.Event()
-        self._reports: list[Any] = []
-        self._news = threading.Condition()
-        self._thread = threading.Thread(target=self._go, args=(work,), daemon=True)
-        self._thread.start()
-
-    def take(self) -> list[Any]:
-        """All that was reported since; waits a beat for the first."""
-        with self._news:
-            self._news.wait_for(lambda: self._reports, timeout=_BEAT)
-            taken, self._reports = self._reports, []
-        return taken
-
-    def close(self) -> None:
-        """Nobody reads any more."""
-        self._given_up.set()
-        self._thread.join(_PATIENCE)
-
-    def _go(self, work: Callable[[Report], Any]) -> None:
-        try:
-            self._put(Finished(work(self._report)))
-        except Cancelled:
-            pass
-        except BaseException as error:  # handed on to the reader
-            self._put(_Failed(error))
-        finally:
-            self.ended.set()
-
-    def _report(self, value: Any) -> None:
-        if self._given_up.is_set():
+    def report(value: Any) -> None:
+        if box.given_up.is_set():
             raise Cancelled
-        self._put(value)
+        box.put(value)
 
-    def _put(self, value: Any) -> None:
-        with self._news:
-            self._reports.append(value)
-            self._news.notify()
+    def go() -> None:
+        try:
+            box.finish(work(report))
+        except Cancelled:
+            box.ended.set()
+        except BaseException as error:  # handed on to the reader
+            box.fail(error)
+
+    threading.Thread(target=go, daemon=True).start()
+    return box

@@ -15,13 +15,17 @@ from typing import Any
 import torch
 
 from app.errors import UserError
+from app.service.crew import Crew
 from app.service.requests import Limits
+from app.service.turnstile import FairLock
 from modification import MoDModel
 from modification.config import MoDConfig
 from modification.executor import executor_of
 from modification.loading import as_mod, check_folder, load_dense_or_mod, resolve
 from modification.measure.cost import ModelShape
+from modification.measure.estimate import kv_bytes
 from modification.measure.memory import available_bytes, weight_bytes
+from modification.storage import SPARE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZATIONS = ("4bit", "8bit")
@@ -80,9 +84,18 @@ class Loaded:
     shape: ModelShape
     trained: bool = True
     source: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: FairLock = field(default_factory=FairLock)
     users: int = 0
     used: float = field(default_factory=time.monotonic)
+    crew: Crew = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.crew = Crew(self.model, self.lock)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Most that keys and values of so many tokens take (estimated): at p = 0, with the buffers' spare room."""
+        columns = 4 * tokens * len(self.shape.mod_layers)
+        return kv_bytes(self.shape, tokens, 1, 1.0, self.model.dtype.itemsize) + columns + columns // SPARE
 
     def describe(self) -> str:
         """A line about the model."""

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from app.errors import UserError
-from app.service.jobs import Finished, Report, batches
+from app.service.jobs import Finished, batches
 from app.service.library import Loaded
 from app.service.pieces import PieceReader
 from app.service.requests import Dial, Limits, Request
+from app.service.turnstile import FairLock
 from app.tape import Tape
-from modification import RoutingTrace, Step, generate
+from modification import RoutingTrace, Step
+from modification.generate import generate
+from modification.generate import prepare as prepare_stream
 from modification.loading import encode_prompt
 
 ALTERNATIVES = 5
@@ -33,46 +33,68 @@ class Update:
     result: Any = None
 
 
-def stream_tape(loaded: Loaded, dial: Dial, prompt: str, request: Request, limits: Limits) -> Iterator[Tape]:
-    """Generate, and give the growing tape at the frame rate and at the end.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that is checked and may begin: prompt tokens, new tokens at most, and those the context has room for."""
+
+    loaded: Loaded
+    ids: list[int]
+    budget: int
+    room: int
+
+    @property
+    def need(self) -> int:
+        """Bytes of keys and values that it may come to (estimated)."""
+        return self.loaded.cache_bytes(len(self.ids) + self.budget)
+
+
+def prepare(loaded: Loaded, prompt: str, request: Request, limits: Limits) -> Prepared:
+    """Tokenize a prompt and bound its continuation.
 
     Raises:
         UserError: a setting out of bounds, or a prompt that fills the context.
     """
     ids = encode_prompt(loaded.tokenizer, prompt, request.chat)
     budget, room = budget_of(loaded, len(ids), request.max_new_tokens, limits)
-    check_shifts(loaded, dial.shifts)
-    steps = start(loaded, ids, dial, budget, request)
+    check_shifts(loaded, request.shifts)
+    return Prepared(loaded, ids, budget, room)
+
+
+def stream_tape(run: Prepared, dial: Dial, request: Request, limits: Limits) -> Iterator[Tape]:
+    """Generate, together with the model's other runs, and give the growing tape at the frame rate and at the end.
+
+    Raises:
+        UserError: a setting out of bounds.
+    """
+    loaded = run.loaded
+    stream = _checked(prepare_stream, loaded, run.ids, dial, run.budget, request)
     tape, reader = Tape(loaded.shape, loaded.describe(), loaded.anchors), PieceReader(loaded.tokenizer)
-    with contextlib.closing(batches(functools.partial(_decode, steps, loaded.lock), limits.frame)) as made:
+    with contextlib.closing(batches(loaded.crew.run(stream), limits.frame)) as made:
         for batch in made:
             for step, seconds in (one for one in batch if not isinstance(one, Finished)):
                 pieces = [reader.read(int(token)) for token in step.tokens]
                 tape.add(step, pieces, seconds, reader.names(step.likely))
             if tape.columns:
                 yield tape
-    tape.end(ending(tape.new_tokens, budget, room))
+    tape.end(ending(tape.new_tokens, run.budget, run.room))
     yield tape
-
-
-def _decode(steps: Any, lock: threading.Lock, report: Report) -> None:
-    """Report every step with the seconds since the one before."""
-    clock = time.perf_counter()
-    try:
-        while (step := next_step(steps, lock)) is not None:
-            before, clock = clock, time.perf_counter()
-            report((step, clock - before))
-    finally:
-        steps.close()
 
 
 def start(
     loaded: Loaded, ids: list[int], p: float | Callable[[], Any], budget: int, request: Request, cache: Any = None,
     alternatives: int = ALTERNATIVES,
+) -> Iterator[Step]:
+    """A run by itself; UserError says which setting is out of bounds."""
+    found: Iterator[Step] = _checked(generate, loaded, ids, p, budget, request, cache, alternatives)
+    return found
+
+
+def _checked(
+    call: Callable[..., Any], loaded: Loaded, ids: list[int], p: float | Callable[[], Any], budget: int,
+    request: Request, cache: Any = None, alternatives: int = ALTERNATIVES,
 ) -> Any:
-    """The engine's stream for a request; UserError says which setting is out of bounds."""
     try:
-        return generate(
+        return call(
             loaded.model, ids, p=p, max_new_tokens=budget, temperature=request.temperature, top_p=request.top_p,
             top_k=request.top_k, seed=request.seed, alternatives=alternatives, cache=cache,
         )
@@ -80,7 +102,7 @@ def start(
         raise UserError(str(error)) from error
 
 
-def next_step(steps: Iterator[Step], lock: threading.Lock) -> Step | None:
+def next_step(steps: Iterator[Step], lock: FairLock) -> Step | None:
     """One step, while no other stream of this model makes one."""
     with lock:
         return next(steps, None)
@@ -89,6 +111,8 @@ def next_step(steps: Iterator[Step], lock: threading.Lock) -> Step | None:
 def budget_of(loaded: Loaded, taken: int, wanted: int, limits: Limits) -> tuple[int, int]:
     """New tokens that may be made after ``taken``, and those that the context has room for."""
     room = loaded.context - taken
+    if taken > limits.prompt_tokens:
+        raise UserError(f"The prompt is {taken:,} tokens long; at most {limits.prompt_tokens:,} are read. Shorten it.")
     if room <= 0:
         raise UserError(
             f"The prompt is {taken:,} tokens long; {loaded.name} has a context of {loaded.context:,}. "

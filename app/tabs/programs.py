@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import secrets
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +13,7 @@ import gradio as gr
 from app.errors import UserError
 from app.service import Request, Service
 from app.tabs.chat import dense_side
-from app.tabs.shared import OOPS
+from app.tabs.shared import told
 
 
 def build(service: Service) -> None:
@@ -32,17 +31,21 @@ def _sentences() -> Iterator[None]:
     """Whatever happens, the program gets a sentence; the log has the cause of what was not foreseen."""
     try:
         yield
-    except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from error
     except Exception as error:
-        logging.getLogger(__name__).exception("an endpoint failed")
-        raise gr.Error(OOPS, print_exception=False) from error
+        raise gr.Error(told(error, "an endpoint"), print_exception=False) from error
+
+
+def _user(request: gr.Request | None) -> str:
+    """Whose request it is: the session of a client, or the address that it comes from."""
+    session = getattr(request, "session_hash", None)
+    host = getattr(getattr(request, "client", None), "host", None)
+    return f"api-{session or host or secrets.token_hex(8)}"
 
 
 def _generate(service: Service) -> Any:
     def generate(
         prompt: str, p: float = 0.5, model: str = "", max_new_tokens: int = 200, temperature: float = 0.0,
-        top_p: float = 1.0, top_k: int = 0, seed: int = 0, chat: bool = True,
+        top_p: float = 1.0, top_k: int = 0, seed: int = 0, chat: bool = True, request: gr.Request = None,  # type: ignore[assignment]
     ) -> dict:  # type: ignore[type-arg]
         """Continue a prompt with a Mixture-of-Depths model.
 
@@ -65,7 +68,7 @@ def _generate(service: Service) -> Any:
             None if seed < 0 else seed, chat,
         )
         with _sentences():
-            return service.generate(p, wanted)
+            return service.generate(p, wanted, _user(request))
 
     return generate
 

@@ -12,7 +12,7 @@ import gradio as gr
 
 from app.errors import UserError
 from app.present import waiting_sentence
-from app.service import Update
+from app.service import Update, sentence_of
 
 OOPS = "Something went wrong here; the model is free again. Check the settings and try once more."
 
@@ -66,6 +66,23 @@ def waiting(update: Update, model: str) -> str | None:
     return None
 
 
+def told(error: Exception, what: str) -> str:
+    """A sentence for the user, whatever happened; the log has the cause of what was not foreseen."""
+    if (sentence := sentence_of(error)) is not None:
+        return sentence
+    logging.getLogger(__name__).error("%s failed", what, exc_info=error)
+    return OOPS
+
+
+def whole(value: Any, what: str) -> int:
+    """A whole number from a field of the page; UserError if it is none."""
+    try:
+        found = int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{what} {value!r}: give a whole number.") from None
+    return found
+
+
 def guarded(failed: Callable[[str], Any]) -> Callable[[Callable[..., Iterator[Any]]], Callable[..., Iterator[Any]]]:
     """A decorator for generator handlers: whatever happens, the page gets ``failed(sentence)``."""
 
@@ -74,12 +91,8 @@ def guarded(failed: Callable[[str], Any]) -> Callable[[Callable[..., Iterator[An
         def safe(*arguments: Any) -> Iterator[Any]:
             try:
                 yield from handler(*arguments)
-            except UserError as error:
-                yield failed(status(str(error), error=True))
-            except Exception:
-                # The log has the cause; the page gets a sentence, whatever happened.
-                logging.getLogger(__name__).exception("%s failed", handler.__name__)
-                yield failed(status(OOPS, error=True))
+            except Exception as error:
+                yield failed(status(told(error, handler.__name__), error=True))
 
         return safe
 

@@ -48,12 +48,17 @@ class Executor(ABC):
     @torch.inference_mode()
     def prefill(self, ids: Tensor, cache: RaggedCache, p: Threshold) -> Pass:
         """Tokens [T] of one row after what its cache holds; in chunks, with the same logits as at once."""
-        done = []
-        for part, last in _chunks(ids):
-            done.append(self._chunk(part, cache, p, last))
-            cache.tokens.extend(part.tolist())
+        done = list(self.chunks(ids, cache, p))
         scores = np.concatenate([part.scores for part in done], axis=1)
         return Pass(done[-1].logits, scores, np.concatenate([part.routed for part in done], axis=1))
+
+    def chunks(self, ids: Tensor, cache: RaggedCache, p: Threshold) -> Iterator[Pass]:
+        """The same, chunk by chunk; the last one's logits are the prompt's."""
+        for part, last in _chunks(ids):
+            with torch.inference_mode():
+                found = self._chunk(part, cache, p, last)
+            cache.tokens.extend(part.tolist())
+            yield found
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:

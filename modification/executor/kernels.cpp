@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include <omp.h>
@@ -470,27 +471,38 @@ void project_head(const T* norm, const T* weight, const Shape& shape, const floa
 
 extern "C" {
 
+// Each function returns 0, or 1 where memory ran out: nothing may be thrown into a caller that is not C++.
+
 // x [B, width] += the layer, for the rows given; then those rows' router logits [B, routers].
-void mod_layer(const Layer* layer, const Shape* shape, const Row* rows, int64_t count, float* x, const float* cosines,
-               const float* sines, const float* routers, const float* biases, float* logits, int32_t threads) {
+int32_t mod_layer(const Layer* layer, const Shape* shape, const Row* rows, int64_t count, float* x,
+                  const float* cosines, const float* sines, const float* routers, const float* biases, float* logits,
+                  int32_t threads) try {
     if (shape->half)
         run<bf16>(*layer, *shape, rows, count, x, cosines, sines, routers, biases, logits, threads);
     else
         run<float>(*layer, *shape, rows, count, x, cosines, sines, routers, biases, logits, threads);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
 }
 
 // Router logits [count, routers] of x [count, width].
-void mod_score(const Shape* shape, const float* routers, const float* biases, const float* x, int64_t count, float* logits) {
+int32_t mod_score(const Shape* shape, const float* routers, const float* biases, const float* x, int64_t count,
+                  float* logits) {
     for (int64_t r = 0; r < count; ++r) score(*shape, routers, biases, x, logits, r, {0, shape->routers});
+    return 0;
 }
 
 // Final norm and vocabulary projection: x [count, width] -> out [count, vocabulary].
-void mod_head(const void* norm, const void* weight, const Shape* shape, const float* x, int64_t count,
-              int64_t vocabulary, float* out, int32_t threads) {
+int32_t mod_head(const void* norm, const void* weight, const Shape* shape, const float* x, int64_t count,
+                 int64_t vocabulary, float* out, int32_t threads) try {
     if (shape->half)
         project_head((const bf16*)norm, (const bf16*)weight, *shape, x, count, vocabulary, out, threads);
     else
         project_head((const float*)norm, (const float*)weight, *shape, x, count, vocabulary, out, threads);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
 }
 
 }  // extern "C"

@@ -247,8 +247,14 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.mod_score.argtypes = [p, p, p, p, n, p]
     library.mod_head.argtypes = [p, p, p, p, n, n, p, i]
     for function in (library.mod_layer, library.mod_score, library.mod_head):
-        function.restype = None
+        function.restype, function.errcheck = i, _memory
     return library
+
+
+def _memory(code: int, function: Any, arguments: Any) -> None:
+    """Kernels return 1 where memory ran out."""
+    if code:
+        raise MemoryError("the kernels found no memory for their intermediate results")
 
 
 def _modules(block: Block) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import math
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from safetensors import safe_open
 from modification.loading import first_line
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CGROUP = Path("/sys/fs/cgroup")  # version 2, as in containers
 _KIB = 1024
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "could not create a memory")
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # safetensors' names; others count 4
 
 
@@ -52,13 +55,34 @@ class Peak:
 def available_bytes(device: str | None = None) -> int:
     """Memory that is free on a device, in bytes: CUDA's own figure, or what Linux calls available.
 
-    Where the system can't tell, the answer is a very large number.
+    In a container, what its own limit leaves, if that is less. Where the system can't tell, the answer is a very large
+    number.
     """
     if (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((int(line.split()[1]) * _KIB for line in lines if line.startswith("MemAvailable:")), 1 << 62)
+    free = next((int(line.split()[1]) * _KIB for line in lines if line.startswith("MemAvailable:")), 1 << 62)
+    return min(free, _container_bytes())
+
+
+def _container_bytes() -> int:
+    """What a container's limit leaves; file pages that may be dropped count as free."""
+    try:
+        most, used = (_CGROUP / name for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return int(most.read_text()) - int(used.read_text()) + int(stat.get("inactive_file", 0))
+    except (OSError, ValueError):  # no such limit: "max", or no such file
+        return 1 << 62
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, whoever asked for it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_MEMORY)
 
 
 def weight_bytes(source: str, dtype: torch.dtype | None = None, quantization: str | None = None) -> int:

@@ -22,11 +22,12 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from modification.architectures import entry_bytes
+from modification.batching import Stream, run
 from modification.cache import RaggedCache
 from modification.executor import Executor
-from modification.generate import Choice, Sampler, Stream, run
 from modification.measure.cost import ModelShape
 from modification.measure.memory import Peak
+from modification.sampling import Choice, Sampler
 from modification.trace import Step
 
 CALIBRATION_TOKENS = 1024
@@ -96,10 +97,10 @@ def time_engine(executor: Executor, model: Any, work: Work, p: float) -> Timing:
         start = _now(model.device)
         given = [Given(tokens.tolist(), model.device) for tokens in work.follow]
         streams = [
-            Stream(ids, model.new_cache(), lambda: p, steps, choose, frozenset())
+            Stream(ids, model.new_cache(), lambda: p, steps, choose, frozenset(), keep=True)
             for ids, choose in zip(work.prompts, given, strict=True)
         ]
-        stream = run(executor, streams, keep=True)
+        stream = run(executor, streams)
         for row, step in itertools.islice(stream, len(streams)):
             rows[row].append(step)
         first = _now(model.device)

@@ -1,0 +1,79 @@
+"""The desk: every request gets a place here before it works, and is counted, whatever it is."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from app.errors import UserError
+from app.service.metrics import Metrics
+from app.service.requests import Limits
+from app.service.runs import Update
+from app.service.turnstile import Turnstile
+
+_BEAT = 0.4  # seconds after which who waits hears of it
+
+
+class Desk:
+    """Places on the machine.
+
+    Args:
+        limits: how many, and how much memory (``cache_bytes`` above 0).
+        held: bytes of keys and values that are kept between requests.
+        relieve: asked to free so many of them.
+        metrics: where requests are counted.
+    """
+
+    def __init__(
+        self, limits: Limits, held: Callable[[], int], relieve: Callable[[int], None], metrics: Metrics
+    ) -> None:
+        self.metrics = metrics
+        self.turnstile = Turnstile(
+            limits.running, limits.waiting, limits.each, limits.cache_bytes or None, held, relieve
+        )
+        self._closed = threading.Event()
+
+    @contextlib.contextmanager
+    def request(self, kind: str) -> Iterator[None]:
+        """A request from its beginning to its end.
+
+        Raises:
+            UserError: the app is shutting down.
+        """
+        with self.metrics.request(kind):
+            if self._closed.is_set():
+                raise UserError("The app is shutting down: answers under way are finished, new ones are not begun.")
+            yield
+
+    @contextlib.contextmanager
+    def place(self, user: str = "", need: int = 0) -> Iterator[Iterator[Update]]:
+        """A place to work; the iterator within tells how many are ahead, until it is this one's turn.
+
+        Args:
+            user: whose request it is; empty where nobody's share is counted.
+            need: bytes of keys and values that it may come to.
+
+        Raises:
+            UserError: no place for it, now or ever.
+        """
+        ticket = object()
+        self.turnstile.join(ticket, user, need)
+
+        def line() -> Iterator[Update]:
+            while (ahead := self.turnstile.wait(ticket, _BEAT)) is not None:
+                yield Update(waiting=ahead)
+
+        try:
+            yield line()
+        finally:
+            self.turnstile.leave(ticket)
+
+    def close(self, patience: float) -> bool:
+        """Begin nothing new, and wait for what is under way; whether all came to its end."""
+        self._closed.set()
+        until = time.monotonic() + patience
+        while any(self.turnstile.count()) and time.monotonic() < until:
+            time.sleep(0.05)
+        return not any(self.turnstile.count())

@@ -1,0 +1,92 @@
+"""What stands before the pages: bounded requests, a health check, figures for Prometheus. Plain ASGI."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from app.service import Service
+
+Scope, Message = dict[str, Any], dict[str, Any]
+Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+_UPLOAD_ROOM = 1 << 20  # bytes of an upload that are not the file
+_HEADERS = [
+    (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"same-origin"),
+    (b"permissions-policy", b"camera=(), microphone=(), geolocation=()"),
+]
+
+
+class Guard:
+    """ASGI middleware: refuses what is too long before it is read, answers ``/health`` and ``/metrics``.
+
+    Args:
+        app: what it stands before.
+        service: whose figures and limits.
+    """
+
+    def __init__(self, app: App, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
+        if path == "/health":
+            return await _answer(send, 200, b"ok\n")
+        if path == "/metrics":
+            return await _answer(send, 200, self.service.metrics(), b"text/plain; version=0.0.4; charset=utf-8")
+        limits = self.service.limits
+        most = limits.file_bytes + _UPLOAD_ROOM if path.endswith("/upload") else limits.body_bytes
+        told = dict(scope["headers"]).get(b"content-length", b"0")
+        if not told.isdigit() or int(told) > most:
+            return await self._refuse(send, most)
+        return await self._bounded(scope, receive, send, most)
+
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send, most: int) -> None:
+        """Pass on at most so many bytes of the body, whatever length was told."""
+        read, begun = 0, False
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > most:
+                raise _TooLong
+            return message
+
+        async def headed(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                message["headers"] = [*message.get("headers", []), *_HEADERS]
+            await send(message)
+
+        try:
+            await self.app(scope, counted, headed)
+        except _TooLong:
+            if not begun:
+                await self._refuse(send, most)
+
+    async def _refuse(self, send: Send, most: int) -> None:
+        self.service.desk.metrics.refusals.labels("length").inc()
+        await _answer(send, 413, f"The request is too long: at most {most:,} bytes are read.\n".encode())
+
+
+class _TooLong(Exception):
+    pass
+
+
+class Quiet(logging.Filter):
+    """Keeps health checks and Prometheus out of an access log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        line = record.getMessage()
+        return not ("/health" in line or "/metrics" in line)
+
+
+async def _answer(send: Send, code: int, body: bytes, kind: bytes = b"text/plain; charset=utf-8") -> None:
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *_HEADERS]
+    await send({"type": "http.response.start", "status": code, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
