@@ -7,6 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def loading_sentence(model: str, far: Any) -> str:
+    """How far a load is: seconds, or what has come of a download."""
+    if far.total and far.here < far.total:
+        megabytes = f"{far.here / 1e6:,.1f} of {far.total / 1e6:,.1f} MB"
+        return f"Fetching {model}: {megabytes}. Stop ends it, and keeps what is here."
+    return f"Loading {model} … {far.seconds:.0f} s. Stop leaves it loading for later."
+
+
 def waiting_sentence(ahead: int) -> str:
     """What a user in the queue reads."""
     if ahead == 0:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from modification.architectures import FAMILIES, PREFIX, structured
 from modification.config import MoDConfig
+from modification.errors import first_line, out_of_memory
+from modification.hub import HubError, Progress, fetch
+from modification.integrity import Damaged, check_files, check_loaded
 from modification.model import MoDModel, convert, register_family
 
 ADAPTER = "adapter"  # folder within a model's that holds a low-rank change of its weights
@@ -70,30 +73,73 @@ def load_dense_or_mod(
     device_map: Any = None,
     quantization: Quantization | None = None,
     revision: str | None = None,
+    progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    """Like :func:`load`, but a dense model stays dense."""
-    source = resolve(path_or_hub_id)
-    options: dict[str, Any] = {"trust_remote_code": False, "revision": revision or "main"}
+    """Like :func:`load`, but a dense model stays dense; ``progress`` is told of a download, see ``hub.fetch``."""
+    source = on_disk(path_or_hub_id, revision, progress)
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     weights: dict[str, Any] = {"use_safetensors": True, "dtype": dtype or "auto", "device_map": device_map}
     if quantization is not None:
         weights["quantization_config"] = _quantization(quantization)
         weights["dtype"] = dtype or torch.bfloat16  # what is not quantised; fp16 crawls on CPUs
     try:
-        _know_family(source, options["revision"])
-        model, info = AutoModelForCausalLM.from_pretrained(source, **options, **weights, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        _know_family(source)
+        config = AutoConfig.from_pretrained(source, **options)
     except Exception as error:  # whatever a damaged or hostile folder makes the readers raise
-        raise LoadError(f"{path_or_hub_id} could not be loaded: {first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise LoadError(
-            f"{path_or_hub_id} lacks {len(missing)} of the model's weights, {missing[0]} among them: the files are "
-            "incomplete, or of another model"
+        raise LoadError(f"{path_or_hub_id}: config.json does not describe a model ({first_line(error)})") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:
+        raise LoadError(f"{path_or_hub_id}: its tokenizer can't be read ({first_line(error)})") from error
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, config=config, **options, **weights, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise LoadError(f"{path_or_hub_id} could not be loaded: {first_line(error)}") from error
+    _check_keys(str(path_or_hub_id), info)
     _put_on_adapter(model, source)
+    try:
+        check_loaded(str(path_or_hub_id), model, tokenizer)
+    except Damaged as error:
+        raise LoadError(str(error)) from error
     model.eval()
     if quantization is not None:
         _try_quantized(model, quantization)
     return model, tokenizer
+
+
+def _check_keys(source: str, info: dict[str, Any]) -> None:
+    """Every weight of the model came from the files, in its own shape."""
+    if wrong := sorted(info["mismatched_keys"], key=str):
+        name, found, wanted = wrong[0]
+        raise LoadError(
+            f"{source}: {len(wrong)} of its weights have other shapes than its config says; {name} is {list(found)} in "
+            f"the files and would be {list(wanted)}"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise LoadError(
+            f"{source} lacks {len(missing)} of the model's weights, {missing[0]} among them: the files are "
+            "incomplete, or of another model"
+        )
+
+
+def on_disk(path_or_hub_id: str | Path, revision: str | None = None, progress: Progress | None = None) -> str:
+    """The folder with a model's files, fetched from the Hub if need be, and checked.
+
+    Raises:
+        LoadError: no such model, or files that are damaged.
+    """
+    source = resolve(path_or_hub_id)
+    if not Path(source).is_dir():
+        try:
+            source = fetch(source, revision, progress)
+        except HubError as error:
+            raise LoadError(str(error)) from error
+        check_folder(Path(source))
+    return source
 
 
 def _put_on_adapter(model: Any, source: str) -> None:
@@ -162,8 +208,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise LoadError(f"{folder} is not a model folder: it has no config.json")
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise LoadError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise LoadError(f"{path} is not valid JSON: {first_line(error)}") from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str):
         raise LoadError(f"{path} names no model_type")
@@ -172,6 +218,10 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise LoadError(f"model type {model_type!r} in {folder} is no causal language model of this transformers")
     if not any(folder.glob("*.safetensors")):
         raise LoadError(f"{folder} holds no .safetensors weights; other formats are not read")
+    try:
+        check_files(folder, config)
+    except Damaged as error:
+        raise LoadError(str(error)) from error
     if model_type.startswith(PREFIX):
         try:
             MoDConfig.from_dict(config.get("mod"))
@@ -182,9 +232,9 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _know_family(source: str, revision: str) -> None:
+def _know_family(source: str) -> None:
     """Register the MoD type of a converted model whose family is known by its saved structure alone."""
-    config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    config, _ = PreTrainedConfig.get_config_dict(source, local_files_only=True)
     model_type = str(config.get("model_type"))
     dense = model_type.removeprefix(PREFIX)
     if dense != model_type and dense not in FAMILIES:
@@ -204,8 +254,3 @@ def _quantization(bits: str) -> Any:
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     raise LoadError(f"quantization={bits!r}: expected '4bit', '8bit' or None")
-
-
-def first_line(error: BaseException) -> str:
-    """What to show of an error that a library raised."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,5 +1,6 @@
 """Models in memory: named, weighed, loaded once, let go."""
 
+import shutil
 import threading
 import time
 
@@ -9,6 +10,7 @@ from talkers import talker
 from app.errors import UserError
 from app.service import Limits, Service
 from app.service import library as library_module
+from app.service.conversions import Plan
 from app.service.library import Library, Options, parse
 
 
@@ -59,11 +61,33 @@ def test_many_who_ask_at_once_share_one_load(library, monkeypatch):
     assert all(one is found[0] for one in found)
 
 
+def test_only_folders_that_are_allowed_are_opened(folder, tmp_path):
+    """By no name, dots or link; what is listed, and the Hub, are not concerned."""
+    inside, outside = tmp_path / "models", tmp_path / "private"
+    shutil.copytree(folder, inside / "fine")
+    shutil.copytree(folder, outside)
+    (inside / "linked").symlink_to(outside)
+    shutil.copytree(folder, inside / "half")
+    (inside / "half" / "model.safetensors").unlink()
+    (inside / "half" / "model.safetensors").symlink_to(outside / "model.safetensors")
+    library = Library({"listed": outside}, Limits(folders=(inside,)))
+    assert library.open(str(inside / "fine"))
+    assert library.open("listed")
+    for name in (outside, inside / ".." / "private", inside / "linked", inside / "half", "/", "~", "~nobody/x", "a\0b"):
+        with pytest.raises(UserError, match=r"not among the folders|no path"):
+            library.open(str(name))
+    service = Service({}, limits=Limits(folders=(inside,)))
+    with pytest.raises(UserError, match="not among the folders"):
+        service.estimate(str(outside), 10, 1, 0.5, "bf16", "own", "h200")
+    with pytest.raises(UserError, match="reads from"):
+        list(service.convert(Plan(str(inside / "fine"), "new", "/etc/passwd")))
+
+
 def test_who_stops_waiting_leaves_the_load_to_the_next(library, monkeypatch):
     gate, load = threading.Event(), library_module.load_dense_or_mod
     monkeypatch.setattr(library_module, "load_dense_or_mod", lambda *a, **o: gate.wait() and load(*a, **o))
     waiting = library.loading("tiny")
-    assert next(waiting) >= 0
+    assert next(waiting).seconds >= 0
     waiting.close()
     gate.set()
     end = time.monotonic() + 30

@@ -18,6 +18,7 @@ from app.present import (
     snippet,
 )
 from app.service import Limits, Update
+from app.service.library import Loading
 from app.tabs import chat, convert, explore, model, sweep
 from app.tabs.shared import OOPS, guarded, numbers, status, table
 
@@ -84,7 +85,7 @@ def closing(updates):
 
 def test_a_run_shows_waiting_loading_streaming_and_its_end():
     head = TAPE.partition("\n")[0] + "\n"
-    updates = [Update(waiting=2), Update(loading=3.0), Update(tape=head), Update(tape=TAPE)]
+    updates = [Update(waiting=2), Update(loading=Loading(3.0)), Update(tape=head), Update(tape=TAPE)]
     shown = generate(FakeService(run=closing(updates)))
     told = " ".join(lines(shown, 1))
     for words in ("Starting", "2 ahead", "Loading m", "Streaming", "Reached the limit"):
@@ -175,7 +176,7 @@ def test_no_p_within_reach_is_said_and_hands_nothing_over():
 
 
 def test_a_model_s_way_of_loading_becomes_its_label():
-    updates = [Update(loading=1.0), Update(result=("m", [["0"]], {}, "card"))]
+    updates = [Update(loading=Loading(1.0)), Update(result=("m", [["0"]], {}, "card"))]
     service = FakeService(label="m [bf16]", load=closing(updates))
     shown = list(model._load(service)("m", "bf16", "none", "best"))
     assert service.asked[0][1] == ("m", "bf16", None, None)

@@ -22,6 +22,7 @@ from app.service.desk import Desk
 from app.service.jobs import Finished, Report, in_background
 from app.service.library import DTYPES, Library, Loaded, Options, parse
 from app.service.metrics import Metrics
+from app.service.paths import check_folder_within, check_text_within, real
 from app.service.requests import Dial, Limits, Request
 from app.service.runs import Update, prepare, stream_tape
 from app.talk import ChatTape
@@ -87,9 +88,9 @@ class Service:
         return self.library.open(name)
 
     def load(self, name: str) -> Iterator[Update]:
-        """Load a model: seconds so far, then a description as the result."""
-        for seconds in self.library.loading(name):
-            yield Update(loading=seconds)
+        """Load a model: how far it is, then a description as the result."""
+        for far in self.library.loading(name):
+            yield Update(loading=far)
         loaded = self.library.open(name)
         rows, report = measuring.layer_rows(loaded), measuring.report_of(loaded.source)
         yield Update(result=(loaded.describe(), rows, report, measuring.card_of(loaded.source)))
@@ -295,6 +296,8 @@ class Service:
         """Cost of any shape on paper; UserError says what is out of bounds."""
         listed = self.library.listed.get(source.strip())
         anything = self.limits.free_models or listed is not None
+        if listed is None and real(source.strip()).exists():
+            check_folder_within(source.strip(), self.limits.folders)
         return measuring.estimate_config(
             source.strip() if listed is None else str(listed), context, batch, load, dtype, layers, device, anything
         )
@@ -313,6 +316,7 @@ class Service:
         """Convert a model; it is listed when done."""
         self._may_convert()
         self.library.check(plan.parent)
+        check_text_within(plan.data, self.limits.folders)
         if plan.name in self.library.listed and not plan.resume:
             raise UserError(f"There is a model called {plan.name} already. Choose another name.")
         for progress in self.conversions.run(self._resolved(plan)):
@@ -324,6 +328,7 @@ class Service:
         """Seconds and bytes that it will take (estimated), and bytes that are free (measured)."""
         self._may_convert()
         self.library.check(plan.parent)
+        check_text_within(plan.data, self.limits.folders)
         return self.conversions.estimate(self._resolved(plan))
 
     def _may_convert(self) -> None:
@@ -369,8 +374,8 @@ class Service:
                 del self._dials[key]
 
     def _load(self, name: str) -> Iterator[Update]:
-        for seconds in self.library.loading(name):
-            yield Update(loading=seconds)
+        for far in self.library.loading(name):
+            yield Update(loading=far)
 
     def _both(self, model: str, parent: str | None) -> Iterator[Update]:
         for name in filter(None, (model, parent)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from app.errors import UserError
-from modification.measure.memory import out_of_memory
+from modification.errors import out_of_memory
 
 NO_MEMORY = (
     "The machine ran out of memory and this request was given up; what it held is free again. Shorten the text, ask "

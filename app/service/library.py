@@ -16,12 +16,14 @@ import torch
 
 from app.errors import UserError
 from app.service.crew import Crew
+from app.service.faults import sentence_of
+from app.service.paths import check_folder_within, real
 from app.service.requests import Limits
 from app.service.turnstile import FairLock
 from modification import MoDModel
 from modification.config import MoDConfig
 from modification.executor import executor_of
-from modification.loading import as_mod, check_folder, load_dense_or_mod, resolve
+from modification.loading import HUB_ID, as_mod, check_folder, load_dense_or_mod, on_disk, resolve
 from modification.measure.cost import ModelShape
 from modification.measure.estimate import kv_bytes
 from modification.measure.memory import available_bytes, weight_bytes
@@ -29,8 +31,9 @@ from modification.storage import SPARE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZATIONS = ("4bit", "8bit")
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda", "auto")
 _CHOICE = re.compile(r"(?P<source>.*?)(?: \[(?P<options>[a-z0-9, ]+)\])?")
+_BEAT = 0.25  # seconds between two looks at a load
 _LOAD_ROOM = 1.2  # files are read into buffers beside the weights
 
 
@@ -50,7 +53,13 @@ class Options:
     @property
     def place(self) -> str:
         """The device it is loaded on: the one chosen, or the best there is."""
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        return best if self.device in (None, "auto") else str(self.device)
+
+    @property
+    def spread(self) -> Any:
+        """The device map."""
+        return "auto" if self.device == "auto" else {"": self.place}
 
     def label(self, source: str) -> str:
         """The source with what was chosen in brackets; :func:`parse` reads it back."""
@@ -131,7 +140,7 @@ class Library:
     def __init__(self, listed: dict[str, Path | str], limits: Limits) -> None:
         self.listed, self.limits = dict(listed), limits
         self._models: dict[str, Loaded] = {}
-        self._loading: dict[str, _Loading] = {}
+        self._loading: dict[str, _Job] = {}
         self._table = threading.Lock()
         self._turn = threading.Lock()  # one load at a time
 
@@ -166,9 +175,9 @@ class Library:
         with self.lend(name) as loaded:
             return loaded
 
-    def loading(self, name: str) -> Iterator[float]:
-        """Load a model in the background: the seconds so far, until it is there. Whoever stops reading leaves the
-        load to finish for the next one who asks.
+    def loading(self, name: str) -> Iterator[Loading]:
+        """Load a model in the background: how far it is, until it is there. Whoever stops reading leaves a load to
+        finish for the next one who asks; a download ends once nobody reads, and goes on from there the next time.
 
         Raises:
             UserError: it can't be loaded.
@@ -179,10 +188,15 @@ class Library:
                 return
             job = self._loading.get(key)
             if job is None:
-                job = self._loading[key] = _Loading()
+                job = self._loading[key] = _Job()
                 threading.Thread(target=self._work, args=(key, job), daemon=True).start()
-        while not job.done.wait(0.25):
-            yield time.monotonic() - job.began
+            job.readers += 1
+        try:
+            while not job.done.wait(_BEAT):
+                yield Loading(time.monotonic() - job.began, job.here, job.total)
+        finally:
+            with self._table:
+                job.readers -= 1
         if job.error is not None:
             raise UserError(job.error)
 
@@ -196,6 +210,8 @@ class Library:
             raise UserError("There is no CUDA device on this machine: choose cpu, or best.")
         if source not in self.listed and not self.limits.free_models:
             raise UserError(f"{source} is not among the models offered here. Choose one from the list.")
+        if source not in self.listed and (not HUB_ID.fullmatch(source) or real(source).exists()):
+            check_folder_within(source, self.limits.folders)
         return options.label(source)
 
     def needs(self, name: str) -> tuple[int, int]:
@@ -206,11 +222,9 @@ class Library:
         """
         source, options = parse(self.check(name))
         try:
-            path = resolve(self.listed.get(source, source))
-            taken = weight_bytes(path, DTYPES.get(options.dtype or ""), options.quantization)
+            return _needs(resolve(self.listed.get(source, source)), options)
         except ValueError as error:
             raise UserError(str(error)) from error
-        return int(taken * _LOAD_ROOM), available_bytes(options.place)
 
     def mod_layers(self, name: str) -> tuple[int, ...]:
         """Indices of a model's MoD layers, from memory or from its folder's config; empty where that can't be told."""
@@ -245,15 +259,14 @@ class Library:
             self._models[key].used = time.monotonic()
         return self._models.get(key)
 
-    def _work(self, key: str, job: _Loading) -> None:
+    def _work(self, key: str, job: _Job) -> None:
         try:
             with self._turn:
-                self._put(key, self._load(key))
-        except UserError as error:
-            job.error = str(error)
+                self._put(key, self._load(key, job))
         except Exception as error:
-            job.error = f"{key} could not be loaded: {type(error).__name__}."
-            raise
+            job.error = sentence_of(error) or f"{key} could not be loaded: {type(error).__name__}."
+            if sentence_of(error) is None:
+                raise
         finally:
             with self._table:
                 self._loading.pop(key, None)
@@ -277,33 +290,55 @@ class Library:
             torch.cuda.empty_cache()
         return len(spare)
 
-    def _load(self, key: str) -> Loaded:
-        taken, free = self.needs(key)
-        if taken > free and self._let_go():
-            taken, free = self.needs(key)
-        if taken > free:
-            raise UserError(
-                f"{key} needs about {taken / 1e9:.1f} GB (estimated) and {free / 1e9:.1f} GB are free: choose a "
-                "smaller model, 4-bit or 8-bit weights, or close something."
-            )
+    def _load(self, key: str, job: _Job) -> Loaded:
         source, options = parse(key)
+        shown = str(self.listed.get(source, source))
         try:
+            place = on_disk(shown, progress=job.fetched)
+            taken, free = _needs(place, options)
+            if taken > free and self._let_go():
+                taken, free = _needs(place, options)
+            if taken > free:
+                raise UserError(
+                    f"{key} needs about {taken / 1e9:.1f} GB (estimated) and {free / 1e9:.1f} GB are free: choose a "
+                    "smaller model, 4-bit or 8-bit weights, or close something."
+                )
             found, tokenizer = load_dense_or_mod(
-                self.listed.get(source, source), dtype=DTYPES.get(options.dtype or ""),
+                place, dtype=DTYPES.get(options.dtype or ""),
                 quantization=options.quantization,  # type: ignore[arg-type]
-                device_map={"": options.place},
+                device_map=options.spread,
             )
             trained, model = isinstance(found, MoDModel), as_mod(found)
             executor_of(model)  # compiled and checked now, not in the first run
-            shown = str(self.listed.get(source, source))
             return Loaded(options.label(source), model, tokenizer, ModelShape.of(model), trained, shown)
         except ValueError as error:  # LoadError and ConversionError are sentences too
-            raise UserError(str(error)) from error
+            raise UserError(str(error).replace(f"{Path(shown)}", source)) from error
 
 
-class _Loading:
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How far a load is: seconds, and bytes that are here and that there will be where files are being fetched."""
+
+    seconds: float
+    here: int = 0
+    total: int = 0
+
+
+class _Job:
     """A load under way."""
 
     def __init__(self) -> None:
         self.done, self.began = threading.Event(), time.monotonic()
         self.error: str | None = None
+        self.here = self.total = self.readers = 0
+
+    def fetched(self, here: int, total: int) -> None:
+        """Told by a download as it goes."""
+        self.here, self.total = here, total
+        if not self.readers:
+            raise UserError("The download was stopped. What is here already is kept: load the model again to go on.")
+
+
+def _needs(place: str, options: Options) -> tuple[int, int]:
+    taken = weight_bytes(place, DTYPES.get(options.dtype or ""), options.quantization)
+    return int(taken * _LOAD_ROOM), available_bytes(options.place)

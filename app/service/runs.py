@@ -10,7 +10,7 @@ from typing import Any
 
 from app.errors import UserError
 from app.service.jobs import Finished, batches
-from app.service.library import Loaded
+from app.service.library import Loaded, Loading
 from app.service.pieces import PieceReader
 from app.service.requests import Dial, Limits, Request
 from app.service.turnstile import FairLock
@@ -25,10 +25,10 @@ ALTERNATIVES = 5
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a run tells the page: a place in the queue, seconds that a model has been loading, or a longer tape."""
+    """What a run tells the page: a place in the queue, how far a model's load is, or a longer tape."""
 
     waiting: int | None = None
-    loading: float | None = None
+    loading: Loading | None = None
     tape: str | None = None
     result: Any = None
 

@@ -34,7 +34,10 @@ class Model:
                     ["none", "8bit", "4bit"], value="none", label="Quantization",
                     info="bitsandbytes; routers stay in full precision",
                 )
-                self.device = gr.Radio(["best", "cpu", "cuda"], value="best", label="Device")
+                self.device = gr.Radio(
+                    ["best", "cpu", "cuda", "auto"], value="best", label="Device",
+                    info="auto: spread over all devices, what is left over on the disk",
+                )
                 with gr.Row():
                     self.ask = gr.Button("Memory needed", elem_id="model-ask")
                     self.load = gr.Button("Load", variant="primary", elem_id="model-load")

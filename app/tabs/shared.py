@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from app.errors import UserError
-from app.present import waiting_sentence
+from app.present import loading_sentence, waiting_sentence
 from app.service import Update, sentence_of
 
 OOPS = "Something went wrong here; the model is free again. Check the settings and try once more."
@@ -62,7 +62,7 @@ def waiting(update: Update, model: str) -> str | None:
     if update.waiting is not None:
         return status(waiting_sentence(update.waiting))
     if update.loading is not None:
-        return status(f"Loading {model} … {update.loading:.0f} s. Stop leaves it loading for later.", busy=True)
+        return status(loading_sentence(model, update.loading), busy=True)
     return None
 
 

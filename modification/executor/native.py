@@ -247,7 +247,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.mod_score.argtypes = [p, p, p, p, n, p]
     library.mod_head.argtypes = [p, p, p, p, n, n, p, i]
     for function in (library.mod_layer, library.mod_score, library.mod_head):
-        function.restype, function.errcheck = i, _memory
+        function.restype, function.errcheck = i, _memory  # type: ignore[assignment]
     return library
 
 

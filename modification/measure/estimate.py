@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from modification.architectures import PREFIX
 from modification.config import LayerRule, MoDConfig
+from modification.errors import first_line
 from modification.executor.base import CHUNK
-from modification.loading import HUB_ID, first_line
+from modification.loading import HUB_ID
 from modification.measure.cost import ModelShape, layer_flops
 from modification.measure.presets import preset
 from modification.storage import SPARE

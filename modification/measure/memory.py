@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import gc
 import math
 from collections.abc import Iterator
@@ -14,12 +13,11 @@ import torch
 from huggingface_hub import get_safetensors_metadata
 from safetensors import safe_open
 
-from modification.loading import first_line
+from modification.errors import first_line
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _CGROUP = Path("/sys/fs/cgroup")  # version 2, as in containers
 _KIB = 1024
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "could not create a memory")
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # safetensors' names; others count 4
 
 
@@ -74,15 +72,6 @@ def _container_bytes() -> int:
         return int(most.read_text()) - int(used.read_text()) + int(stat.get("inactive_file", 0))
     except (OSError, ValueError):  # no such limit: "max", or no such file
         return 1 << 62
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, whoever asked for it."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_MEMORY)
 
 
 def weight_bytes(source: str, dtype: torch.dtype | None = None, quantization: str | None = None) -> int:

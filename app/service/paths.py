@@ -1,0 +1,50 @@
+"""Which folders and files a page may name: those within allowed folders, whatever links or dots are in between."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from app.errors import UserError
+
+
+def real(path: str | Path) -> Path:
+    """Where a path leads, links followed.
+
+    Raises:
+        UserError: a path that no system can have.
+    """
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links; ~nobody; a null byte
+        raise UserError("That is no path.") from None
+
+
+def check_folder_within(path: str | Path, folders: Sequence[Path]) -> None:
+    """A model folder, and every file in it, lies within one of ``folders``; anywhere, where there are none.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not folders:
+        return
+    place = real(path)
+    inside = list(place.rglob("*")) if _within(place, folders) and place.is_dir() else []
+    if not _within(place, folders) or not all(_within(real(one), folders) for one in inside):
+        raise UserError(f"{path} is not among the folders that this app opens models from.")
+
+
+def check_text_within(path: str | Path, folders: Sequence[Path]) -> None:
+    """A text file was uploaded, or lies within one of ``folders``; anywhere, where there are none.
+
+    Raises:
+        UserError: it does not.
+    """
+    uploads = Path(tempfile.gettempdir()).resolve() / "gradio"
+    if folders and not _within(real(path), (*folders, uploads)):
+        raise UserError(f"{path} is not among the folders that this app reads from: upload the text instead.")
+
+
+def _within(path: Path, folders: Sequence[Path]) -> bool:
+    return any(path.is_relative_to(folder.resolve()) for folder in folders)

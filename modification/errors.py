@@ -1,0 +1,23 @@
+"""What libraries raise, made readable."""
+
+from __future__ import annotations
+
+import errno
+
+import torch
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "could not create a memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, whoever asked for it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """What to show of an error that a library raised."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

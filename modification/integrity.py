@@ -1,0 +1,150 @@
+"""Whether a model folder's files are whole and fit together, told before anything is loaded; and after, NaNs.
+
+Boundary: reads headers and configs; loads nothing. Every refusal is a sentence that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modification.routing import is_router
+
+INDEX = "model.safetensors.index.json"
+_HEADER_BYTES = 100_000_000  # as safetensors itself bounds it
+_JSON_BYTES = 200_000_000  # the largest tokenizers have some tens of MB
+_MOST = 1 << 40  # no count in a config is above this
+_SIZES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
+    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+log = logging.getLogger(__name__)
+
+
+class Damaged(ValueError):
+    """A file is not whole, or does not fit the others; the message says which and how."""
+
+
+def check_files(folder: Path, config: dict[str, Any]) -> None:
+    """Headers of all weight files, their lengths, the index, and the config's counts.
+
+    Raises:
+        Damaged: with a sentence for the user.
+    """
+    tensors = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors += len(header_of(path))
+    if not tensors:
+        raise Damaged(f"{folder} has weight files without a single tensor in them")
+    if (folder / INDEX).is_file():
+        _check_index(folder)
+    _check_counts(folder / "config.json", config, tensors)
+    for path in folder.glob("*.json"):
+        if path.stat().st_size > _JSON_BYTES:
+            raise Damaged(f"{path} has {path.stat().st_size:,} bytes, more than any model's: at most {_JSON_BYTES:,}")
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """The tensors that a safetensors file declares, once it is certain that it holds them.
+
+    Raises:
+        Damaged: cut off, or no such file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _HEADER_BYTES):
+                raise Damaged(f"{path} is damaged: it has {size:,} bytes, fewer than its header takes")
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, Damaged):
+            raise
+        raise Damaged(f"{path} is damaged: its header can't be read") from error
+    if not isinstance(header, dict):
+        raise Damaged(f"{path} is damaged: its header is no table of tensors")
+    header.pop("__metadata__", None)
+    end = max((_end_of(path, name, tensor) for name, tensor in header.items()), default=0)
+    if end != size - 8 - length:
+        raise Damaged(
+            f"{path} is cut off or damaged: its header tells of {end:,} bytes of weights, and it holds "
+            f"{max(0, size - 8 - length):,}"
+        )
+    return header
+
+
+def _end_of(path: Path, name: str, tensor: Any) -> int:
+    try:
+        start, end = tensor["data_offsets"]
+        wanted = math.prod(tensor["shape"]) * _SIZES.get(tensor["dtype"], 0)
+        if start < 0 or end - start < 0 or (wanted and end - start != wanted):
+            raise ValueError
+        return int(end)
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise Damaged(f"{path} is damaged: tensor {name[:80]!r} is not told of in full") from error
+
+
+def _check_index(folder: Path) -> None:
+    path = folder / INDEX
+    try:
+        files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        named = {str(name) for name in files}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged: it maps no weights to files") from error
+    for name in sorted(named):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise Damaged(f"{path} names {name[:80]!r}, which is no weight file of this folder")
+        if not (folder / name).is_file():
+            raise Damaged(f"{folder} lacks {name}, which its index names: the download or copy is incomplete")
+
+
+def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Counts that would take all memory or time before anything else refused them."""
+    for name, value in _numbers(config):
+        if abs(value) > _MOST:
+            raise Damaged(f"{path} says {name} = {value:.3g}: that is no model's")
+    for name in _LAYERS:
+        layers = config.get(name)
+        if isinstance(layers, int) and not 0 < layers <= tensors:
+            raise Damaged(f"{path} says {name} = {layers}, and its weight files hold {tensors} tensors: they don't fit")
+
+
+def _numbers(value: Any, name: str = "config", depth: int = 0) -> Iterator[tuple[str, float]]:
+    if depth > 8:
+        return
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield name, value if math.isfinite(value) else math.inf
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from _numbers(one, str(key), depth + 1)
+    elif isinstance(value, list):
+        for one in value[:10_000]:
+            yield from _numbers(one, name, depth + 1)
+
+
+def check_loaded(source: str, model: Any, tokenizer: Any) -> None:
+    """What shows only once all is loaded: numbers that are none, and a tokenizer of another model.
+
+    A router that is not a number is noted and left: its gate stands open, so that its layer runs.
+
+    Raises:
+        Damaged: with a sentence for the user.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point() or weight.is_meta or bool(torch.isfinite(weight).all()):
+            continue
+        if not is_router(name):
+            raise Damaged(f"{source}: {name} holds numbers that are none (NaN or infinite): the weights are damaged")
+        log.warning("%s: %s holds NaN or infinite numbers: its layer runs for every token", source, name)
+    known = model.get_input_embeddings().weight.shape[0]
+    if (given := int(tokenizer.vocab_size)) > known:  # tokens that were added later may lie beyond: no text holds them
+        raise Damaged(
+            f"{source}: the tokenizer has {given:,} tokens and the model {known:,}: it is another model's"
+        )

@@ -1,0 +1,250 @@
+"""Damaged and hostile model folders: each is refused with a sentence or loads whole; nothing hangs, nothing runs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import signal
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import mod_model, tiny_tokenizer, tokens
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from modification import generate, load
+from modification.loading import LoadError
+
+SECONDS = 20  # for one folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A MoD model folder with nothing wrong, and its tensors."""
+    folder = tmp_path_factory.mktemp("whole")
+    mod_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder, load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    """A copy to damage."""
+    return Path(shutil.copytree(whole[0], tmp_path / "model"))
+
+
+def attempt(folder: Path) -> str:
+    """Load and say a few tokens: "loaded", or the sentence of the refusal. Anything else is a failure."""
+    def late(*_):
+        raise AssertionError(f"{folder} took more than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, tokenizer = load(folder)
+        assert not any(weight.is_meta for weight in model.parameters()), "half loaded"
+        assert tokenizer is not None
+        steps = list(generate(model, tokens(1, 4)[0], p=0.5, max_new_tokens=2, stop=()))
+        assert len(steps) == 3
+        return "loaded"
+    except LoadError as error:
+        sentence = str(error)
+        assert "\n" not in sentence
+        return sentence
+    except (ValueError, FloatingPointError) as error:  # a context too short for the prompt, say
+        if not any(word in str(error) for word in ("context", "token", "not a number")):
+            raise
+        return "loaded"
+    finally:
+        signal.alarm(0)
+
+
+def tamper(folder: Path, change) -> None:
+    """Rewrite the weights as ``change`` makes them."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit(path: Path, change) -> None:
+    """Rewrite a JSON file."""
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(change(value) or value))
+
+
+def fill(name, value):
+    """A change of one number in one tensor."""
+    def change(tensors):
+        tensors[name].view(-1)[3] = value
+
+    return change
+
+
+LAYER = "model.layers.2.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (fill(LAYER, float("nan")), r"up_proj.weight holds numbers that are none \(NaN or infinite\)"),
+    (fill(LAYER, float("inf")), r"up_proj.weight holds numbers that are none"),
+    (lambda tensors: tensors.pop(LAYER), r"lacks 1 of the model's weights, .*up_proj.weight"),
+    (lambda tensors: tensors.update({LAYER: tensors[LAYER][:, :-1].contiguous()}), r"have other shapes"),
+    (lambda tensors: tensors.pop("model.layers.1.router.weight"), r"lacks 1 of .*router.weight"),
+])
+def test_each_damage_of_the_weights_has_its_sentence(folder, change, sentence):
+    tamper(folder, change)
+    with pytest.raises(LoadError, match=sentence):
+        load(folder)
+
+
+def test_a_router_that_is_no_number_runs_its_layer_and_is_noted_once(folder, caplog):
+    """A broken router must not lose tokens."""
+    tamper(folder, fill("model.layers.1.router.weight", float("nan")))
+    with caplog.at_level("WARNING"):
+        model, _ = load(folder)
+        steps = list(generate(model, tokens(1, 12)[0], p=0.99, max_new_tokens=3))
+    assert all(step.routed[0].all() for step in steps)
+    assert sum("router" in record.message for record in caplog.records) == 1
+
+
+def test_an_index_that_names_files_elsewhere_is_refused(folder):
+    """No path outside the folder, by any name."""
+    for name in ("../../secret.safetensors", "/etc/passwd", "weights.bin"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(LoadError, match="no weight file of this folder"):
+            load(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "other.safetensors"}}))
+    with pytest.raises(LoadError, match=r"lacks other\.safetensors, which its index names"):
+        load(folder)
+
+
+class Bomb:
+    """Pickled, it would write a file when read."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "tokenizer.pkl", "optimizer.pt", "tokenizer.model"])
+def test_no_pickle_is_read_and_no_code_is_run(folder, tmp_path, name):
+    """Pickles beside safetensors stay shut; code that a config names is not imported."""
+    mark = tmp_path / "ran"
+    (folder / name).write_bytes(pickle.dumps(Bomb(mark)))
+    (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
+    edit(folder / "config.json", lambda config: config.update(
+        auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
+    ))
+    edit(folder / "tokenizer_config.json", lambda config: config.update(auto_map={"AutoTokenizer": ["evil.T", None]}))
+    attempt(folder)
+    assert not mark.exists()
+
+
+def test_pickles_alone_are_refused(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    with pytest.raises(LoadError, match=r"no \.safetensors weights"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+WORDS = st.sampled_from(["llama", "gpt2", "float16", "../..", "silu", "cpu"])
+NUMBERS = st.integers(-3, 3) | st.sampled_from([2**31, 2**63, -(2**40), 10**12, 0.5, 1e300])
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=8) | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=5,
+)
+
+
+def cut(path: Path, share: float) -> None:
+    """Keep the beginning of a file."""
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+
+
+def scratch(path: Path, share: float, seed: int, count: int) -> None:
+    """Overwrite a few bytes from a place on."""
+    data = bytearray(path.read_bytes())
+    start, noise = int(share * (len(data) - 1)), np.random.default_rng(seed).bytes(count)
+    data[start : start + count] = noise[: len(data) - start]
+    path.write_bytes(data)
+
+
+def put(value: object, path: list[int], new: object) -> object:
+    """The JSON value with one part, found by going down ``path``, replaced."""
+    if not path or not isinstance(value, (dict, list)) or not value:
+        return new
+    keys = sorted(value) if isinstance(value, dict) else list(range(len(value)))
+    at = keys[path[0] % len(keys)]
+    value[at] = put(value[at], path[1:], new)
+    return value
+
+
+FILES = st.sampled_from([
+    "model.safetensors", "config.json", "config.json", "tokenizer.json", "tokenizer_config.json",
+    "generation_config.json",
+])
+SHARE = st.floats(0, 1)
+DAMAGE = st.one_of(
+    st.tuples(st.just("cut"), FILES, SHARE),
+    st.tuples(st.just("scratch"), FILES, SHARE | st.floats(0, 0.05), st.integers(0, 10**6), st.integers(1, 40)),
+    st.tuples(st.just("json"), FILES, st.lists(st.integers(0, 40), min_size=1, max_size=3), JSON),
+    st.tuples(st.just("remove"), FILES),
+    st.tuples(st.just("garbage"), FILES, st.binary(max_size=64)),
+)
+
+
+def damage(folder: Path, how: tuple) -> None:
+    """Do one damage to a folder."""
+    kind, path, *rest = how[0], folder / how[1], *how[2:]
+    if kind == "cut":
+        cut(path, *rest)
+    elif kind == "scratch":
+        scratch(path, *rest)
+    elif kind == "remove":
+        path.unlink()
+    elif kind == "garbage":
+        path.write_bytes(*rest)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(put(json.loads(path.read_text()), *rest)))
+    else:
+        cut(path, 0.9)
+
+
+def test_a_thousand_damaged_folders(whole, tmp_path):
+    """Cut, scratched, rewritten, emptied: a sentence or a whole model, and both happen."""
+    outcomes = Counter()
+
+    @settings(
+        max_examples=1000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
+    @given(how=DAMAGE)
+    def each(how):
+        copy = tmp_path / "damaged"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(whole[0], copy)
+        damage(copy, how)
+        outcomes["loaded" if attempt(copy) == "loaded" else "refused"] += 1
+
+    each()
+    assert sum(outcomes.values()) >= 1000
+    assert min(outcomes["loaded"], outcomes["refused"]) > 100, outcomes
+
+
+def test_nothing_of_a_refused_model_stays(folder):
+    """No family is left registered and no thread or file handle is left over by a failed load."""
+    tamper(folder, fill(LAYER, float("nan")))
+    before = torch.get_rng_state()
+    with pytest.raises(LoadError):
+        load(folder)
+    assert torch.equal(torch.get_rng_state(), before)
