@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -58,16 +59,17 @@ class Guard:
 
         async def headed(message: Message) -> None:
             nonlocal begun
+            if read > most and not begun:  # whatever the app makes of a body that broke off
+                return
             if message["type"] == "http.response.start":
                 begun = True
                 message["headers"] = [*message.get("headers", []), *_HEADERS]
             await send(message)
 
-        try:
+        with contextlib.suppress(_TooLong):
             await self.app(scope, counted, headed)
-        except _TooLong:
-            if not begun:
-                await self._refuse(send, most)
+        if read > most and not begun:
+            await self._refuse(send, most)
 
     async def _refuse(self, send: Send, most: int) -> None:
         self.service.desk.metrics.refusals.labels("length").inc()

@@ -152,7 +152,8 @@ class RoutingTrace:
             trace.texts = [str(part) for part in values["texts"]]
             trace.info = dict(values["info"])
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise ValueError(f"not a routing trace: {type(error).__name__}: {error}") from error
+            lacks = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"not a routing trace ({lacks})") from error
         if trace.texts and len(trace.texts) != len(trace.tokens):
             raise ValueError(f"not a routing trace: {len(trace.texts)} texts for {len(trace.tokens)} tokens")
         return trace

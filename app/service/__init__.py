@@ -6,7 +6,7 @@ Safe to call from several threads.
 
 from app.service.door import Service
 from app.service.faults import sentence_of
-from app.service.requests import Limits, Request
+from app.service.requests import Limits, Request, number
 from app.service.runs import Update
 
-__all__ = ["Limits", "Request", "Service", "Update", "sentence_of"]
+__all__ = ["Limits", "Request", "Service", "Update", "number", "sentence_of"]

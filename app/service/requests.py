@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,11 @@ class Request:
     """One generation as the user asked for it.
 
     Attributes:
+        seed: makes sampling repeatable; None, or a negative number, draws a new one.
         shifts: what is added to p in each MoD layer, [M], or empty.
+
+    Raises:
+        UserError: a value that is no such thing, or out of bounds; the message names it and the bound.
     """
 
     prompt: str
@@ -87,6 +92,41 @@ class Request:
     seed: int | None = None
     chat: bool = True
     shifts: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("max_new_tokens", 1, 10**9), ("top_k", 0, 10**9)):
+            object.__setattr__(self, name, whole(getattr(self, name), _WORDS[name], least, most))
+        for name, least, most in (("temperature", 0.0, 10.0), ("top_p", 0.0, 1.0)):
+            object.__setattr__(self, name, number(getattr(self, name), _WORDS[name], least, most))
+        seed = -1 if self.seed is None else whole(self.seed, "Seed", -(1 << 62), 1 << 62)
+        object.__setattr__(self, "seed", seed if seed >= 0 else secrets.randbelow(1 << 31))
+        shifts = tuple(number(shift, "Shift of p", -1.0, 1.0) for shift in self.shifts)
+        object.__setattr__(self, "shifts", shifts)
+        object.__setattr__(self, "chat", bool(self.chat))
+        if not isinstance(self.model, str):
+            raise UserError("Choose a model, or type the path of a model folder.")
+
+
+_WORDS = {"max_new_tokens": "New tokens", "top_k": "Top-k", "temperature": "Temperature", "top_p": "Top-p"}
+
+
+def whole(value: object, what: str, least: int = 0, most: int = 10**9) -> int:
+    """A whole number; UserError names what it is and its bounds."""
+    found = number(value, what, least, most)
+    if found != int(found):
+        raise UserError(f"{what} {value!r}: give a whole number.")
+    return int(found)
+
+
+def number(value: object, what: str, least: float, most: float) -> float:
+    """A number within bounds; UserError names what it is and its bounds."""
+    try:
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{what} {str(value)[:40]!r}: give a number from {least:g} to {most:g}.") from None
+    if not least <= found <= most:
+        raise UserError(f"{what} {found:g}: give a number from {least:g} to {most:g}.")
+    return found
 
 
 class Dial:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import gradio as gr
 
 from app.errors import UserError
 from app.service import Request, Service
-from app.tabs.shared import guarded, status, waiting
+from app.tabs.shared import guarded, sentences, status, waiting
 from app.views import view
 
 OPENING = "Both get the same messages and the same seed. The left model runs every layer, the right one routes at p."
@@ -98,8 +97,8 @@ def dense_side(service: Service, model: str, chosen: str | None) -> str:
 def _answer(service: Service, again: bool) -> Any:
     @guarded(lambda line: (gr.skip(), line, gr.skip()))
     def answer(
-        message: str, p: float, model: str | None, parent: str | None, blind: bool, new_tokens: float,
-        temperature: float, seed: float | None, request: gr.Request,
+        message: str, p: float, model: str | None, parent: str | None, blind: bool, new_tokens: int,
+        temperature: float, seed: int | None, request: gr.Request,
     ) -> Iterator[tuple[Any, Any, Any]]:
         session, name = str(request.session_hash), model or ""
         turns = None
@@ -108,8 +107,7 @@ def _answer(service: Service, again: bool) -> Any:
             if not before:
                 raise UserError("There is no answer to regenerate yet. Send a message first.")
             message, turns = before[-1], len(before) - 1
-        drawn = secrets.randbelow(1 << 31) if seed is None or seed < 0 else int(seed)
-        wanted = Request(message, name, int(new_tokens), float(temperature), seed=drawn)
+        wanted = Request(message, name, new_tokens, temperature, seed=seed)
         pair = (dense_side(service, name, parent), name)
         yield gr.skip(), status("Starting …"), gr.skip()
         cleared = again  # the box keeps the message until it has arrived
@@ -158,6 +156,7 @@ def _clear(service: Service) -> Any:
 
 def _move(service: Service) -> Any:
     def move(value: float, request: gr.Request) -> None:
-        service.set_p(f"{request.session_hash}/chat", value)
+        with sentences("moving p"):
+            service.set_p(f"{request.session_hash}/chat", value)
 
     return move

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +10,8 @@ import gradio as gr
 
 from app.figures import load_per_layer
 from app.present import snippet
-from app.service import Request, Service
-from app.tabs.shared import guarded, shown, status, waiting
+from app.service import Request, Service, number
+from app.tabs.shared import guarded, sentences, shown, status, waiting
 from app.tape import Window, ending
 from app.views import view
 
@@ -96,9 +95,10 @@ class Explore:
 
     def _shift(self, at: int, count: int) -> Any:
         def move(value: float, shifts: dict[str, float], p: float, request: gr.Request) -> dict[str, float]:
-            moved = {**shifts, str(at): float(value)}
-            self.service.set_p(str(request.session_hash), p, _listed(moved, count))
-            return moved
+            with sentences("moving p"):
+                moved = {**shifts, str(at): number(value, "Shift of p", -1, 1)}
+                self.service.set_p(str(request.session_hash), p, _listed(moved, count))
+                return moved
 
         return move
 
@@ -145,7 +145,8 @@ class Explore:
 
 def _move(service: Service) -> Any:
     def move(value: float, request: gr.Request) -> None:
-        service.set_p(str(request.session_hash), value)
+        with sentences("moving p"):
+            service.set_p(str(request.session_hash), value)
 
     return move
 
@@ -155,14 +156,13 @@ def _generate(service: Service) -> Any:
 
     @guarded(lambda line: (gr.skip(), line, gr.skip(), gr.skip()))
     def generate(
-        prompt: str, p: float, new_tokens: float, temperature: float, top_p: float, top_k: float, seed: float | None,
+        prompt: str, p: float, new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int | None,
         chat: bool, model: str | None, shifts: dict[str, float], request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
         name, tape, window = model or "", "", Window()
         count = len(service.mod_layers(name))
         wanted = Request(
-            prompt, name, int(new_tokens), float(temperature), float(top_p), int(top_k),
-            secrets.randbelow(1 << 31) if seed is None or seed < 0 else int(seed), bool(chat), _listed(shifts, count),
+            prompt, name, new_tokens, temperature, top_p, top_k, seed, chat, _listed(shifts, count),
         )
         yield gr.skip(), status("Starting …"), gr.skip(), gr.skip()
         with contextlib.closing(service.run(str(request.session_hash), p, wanted)) as updates:
@@ -192,4 +192,4 @@ def _read_trace(service: Service) -> Any:
 
 def _listed(shifts: dict[str, float], count: int) -> tuple[float, ...]:
     """Shifts by MoD layer as the service takes them, [M]."""
-    return tuple(float(shifts.get(str(at), 0.0)) for at in range(count))
+    return tuple(number(shifts.get(str(at), 0.0), "Shift of p", -1, 1) for at in range(count))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import secrets
-from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -13,7 +11,7 @@ import gradio as gr
 from app.errors import UserError
 from app.service import Request, Service
 from app.tabs.chat import dense_side
-from app.tabs.shared import told
+from app.tabs.shared import sentences
 
 
 def build(service: Service) -> None:
@@ -24,15 +22,6 @@ def build(service: Service) -> None:
 
 def _default(service: Service, model: str) -> str:
     return model or next(iter(service.names()), "")
-
-
-@contextlib.contextmanager
-def _sentences() -> Iterator[None]:
-    """Whatever happens, the program gets a sentence; the log has the cause of what was not foreseen."""
-    try:
-        yield
-    except Exception as error:
-        raise gr.Error(told(error, "an endpoint"), print_exception=False) from error
 
 
 def _user(request: gr.Request | None) -> str:
@@ -63,11 +52,8 @@ def _generate(service: Service) -> Any:
         Returns:
             text, new_tokens, load (measured), kv_stored, kv_allocated and kv_dense in bytes, compute_saved (counted).
         """
-        wanted = Request(
-            prompt, _default(service, model), max_new_tokens, temperature, top_p, top_k,
-            None if seed < 0 else seed, chat,
-        )
-        with _sentences():
+        with sentences("an endpoint"):
+            wanted = Request(prompt, _default(service, model), max_new_tokens, temperature, top_p, top_k, seed, chat)
             return service.generate(p, wanted, _user(request))
 
     return generate
@@ -94,12 +80,12 @@ def _chat(service: Service) -> Any:
         """
         name, session = _default(service, model), f"api-{secrets.token_hex(8)}"
         try:
-            with _sentences():
+            with sentences("an endpoint"):
                 if not messages:
                     raise UserError("messages is empty: give at least one.")
-                pair, drawn = (dense_side(service, name, None), name), secrets.randbelow(1 << 31) if seed < 0 else seed
+                pair = (dense_side(service, name, None), name)
                 for message in messages:
-                    wanted = Request(message, name, max_new_tokens, temperature, seed=drawn)
+                    wanted = Request(message, name, max_new_tokens, temperature, seed=seed)
                     for _ in service.chat(session, pair, p, wanted):
                         pass
                 return {"sides": ["dense", "mod"], "turns": service.chat_record(session)}
@@ -125,7 +111,7 @@ def _sweep(service: Service) -> Any:
         """
         name, grid = _default(service, model), thresholds or [round(0.1 * at, 1) for at in range(11)]
         found = None
-        with _sentences():
+        with sentences("an endpoint"):
             for update in service.sweep(name, service.parent_of(name), text, grid, within):
                 found = update.result if update.result is not None else found
         return {} if found is None else {
@@ -162,7 +148,7 @@ def _estimate(service: Service) -> Any:
         Returns:
             dense and mod, each with weights, kv and activations in bytes, FLOPs, bytes read and seconds.
         """
-        with _sentences():
+        with sentences("an endpoint"):
             found = service.estimate(config, context, batch, load, dtype, layers, device)
         return dataclasses.asdict(found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import html
 import logging
@@ -74,13 +75,13 @@ def told(error: Exception, what: str) -> str:
     return OOPS
 
 
-def whole(value: Any, what: str) -> int:
-    """A whole number from a field of the page; UserError if it is none."""
+@contextlib.contextmanager
+def sentences(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside, the page or the program gets a sentence, as Gradio's own error."""
     try:
-        found = int(value)
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{what} {value!r}: give a whole number.") from None
-    return found
+        yield
+    except Exception as error:
+        raise gr.Error(told(error, what), print_exception=False) from error
 
 
 def guarded(failed: Callable[[str], Any]) -> Callable[[Callable[..., Iterator[Any]]], Callable[..., Iterator[Any]]]:
@@ -103,8 +104,8 @@ def numbers(text: str, kind: type[Any], what: str) -> list[Any]:
     """Numbers with commas between them; UserError names what they are."""
     try:
         found = [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(f"{what} {text!r}: give numbers with commas between them.") from None
+    except (ValueError, OverflowError, AttributeError):
+        raise UserError(f"{what} {str(text)[:80]!r}: give numbers with commas between them.") from None
     if not found:
         raise UserError(f"{what}: give at least one number.")
     return found

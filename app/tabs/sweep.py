@@ -12,7 +12,7 @@ import gradio as gr
 from app.errors import UserError
 from app.figures import sweep_figure
 from app.present import best_sentence, sweep_rows
-from app.service import Service
+from app.service import Service, number
 from app.tabs.shared import csv_script, guarded, numbers, shown, status, table, waiting
 
 GRID = "0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1"
@@ -91,7 +91,8 @@ def _sweep(service: Service) -> Any:
         points = sorted(set(numbers(grid, float, "Thresholds p")))
         yield status("Starting …", busy=True), gr.skip(), gr.skip(), "", None, gr.update(visible=False), gr.skip()
         found = None
-        updates = service.sweep(name, service.parent_of(name), text, points, (within or 0.0) / 100)
+        share = number(within or 0.0, "Within", 0, 1000) / 100
+        updates = service.sweep(name, service.parent_of(name), text, points, share)
         with contextlib.closing(updates):
             for update in updates:
                 if (line := waiting(update, name)) is not None:

@@ -1,0 +1,218 @@
+"""Ten thousand odd requests, to the handlers and over HTTP: sentences, no traceback, no hang, nobody left inside."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import gradio as gr
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.middleware import Middleware
+from talkers import talker
+
+from app import ui
+from app.service import Limits, Service
+from app.tabs import chat, explore, sweep
+from app.tabs.shared import OOPS
+from app.web import Guard
+
+HANDLED, OVER_HTTP = 7_500, 2_500
+LEAKS = ("Traceback", 'File "/', "site-packages", "Error:")
+TEXT = st.text(max_size=40) | st.sampled_from([
+    "", "  ", "\x00", "\ud800", "<script>alert(1)</script>", "../../etc/passwd", "a" * 3000, "tiny", "tiny-MoD",
+    "http://127.0.0.1/x", "file:///etc/passwd", "owner/name", "-rf", "~root", "tiny [bf16, cuda]", "[]", "‮drow",
+])
+NUMBER = st.sampled_from([
+    0, 1, -1, 0.5, 2, 7, 1e9, -1e9, float("nan"), float("inf"), -float("inf"), 2**70, None, True, "many", "", [], {},
+])
+
+
+SHIFTS = st.dictionaries(st.sampled_from(["0", "1", "x"]), NUMBER, max_size=2)
+GRID = TEXT | st.sampled_from(["0, 0.5", "0.5, 1e400", "nan", "0,,1", "2", "0.1 0.2"])
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    models = {
+        "tiny-MoD": talker(root / "mod", chat=True), "tiny": talker(root / "dense", chat=True, dense=True),
+    }
+    return Service(models, limits=Limits(running=2, new_tokens=3, frame=0.0, free_models=False, convert=False))
+
+
+def said(value: object) -> str:
+    """All text of what a handler gave."""
+    return json.dumps(value, default=str)
+
+
+def told(handler, arguments) -> list[str]:
+    """All that a handler shows, as text; Gradio's own error counts as shown."""
+    try:
+        made = handler(*arguments)
+        return [said(shown) for shown in made] if isinstance(made, Iterator) else [said(made)]
+    except gr.Error as error:
+        return [str(error)]
+
+
+def trouble(handler, fields, count: int, *after) -> list:
+    """Call a handler with so many odd arguments: those that it answered with a leak or an apology."""
+    found, calls = [], Counter()
+
+    @settings(
+        max_examples=count, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
+    @given(values=st.tuples(*fields))
+    def each(values):
+        calls["made"] += 1
+        for text in told(handler, (*values, *after)):
+            if OOPS in text or any(leak in text for leak in LEAKS):
+                found.append((values, text))
+
+    each()
+    assert calls["made"] >= count
+    return found
+
+
+SOMEONE = SimpleNamespace(session_hash="odd")
+HANDLERS = {
+    "generate": (explore._generate, [TEXT, *[NUMBER] * 7, TEXT, SHIFTS], 0.4, [SOMEONE]),
+    "chat": (
+        lambda service: chat._answer(service, again=False), [TEXT, NUMBER, TEXT, TEXT, NUMBER, *[NUMBER] * 3], 0.25,
+        [SOMEONE],
+    ),
+    "sweep": (sweep._sweep, [TEXT, GRID, NUMBER, TEXT], 0.2, []),
+    "trace": (explore._read_trace, [st.binary(max_size=200) | st.just(b"[" * 100_000)], 0.1, []),
+    "move": (explore._move, [NUMBER | TEXT], 0.05, [SOMEONE]),
+}
+
+
+@pytest.mark.parametrize("name", HANDLERS)
+def test_odd_values_get_sentences(service, name):
+    """Any value in any field of a page: it ends, and what it says holds no traceback and no apology."""
+    make, fields, share, after = HANDLERS[name]
+    wrong = trouble(make(service), fields, int(share * HANDLED), *after)
+    assert not wrong, wrong[:3]
+    assert service.desk.turnstile.count() == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def address(service):
+    """The app over HTTP, as `python app.py` serves it."""
+    demo = ui.build(service)
+    _, url, _ = demo.launch(
+        server_port=None, prevent_thread_lock=True, quiet=True, max_file_size=service.limits.file_bytes,
+        app_kwargs={"middleware": [Middleware(Guard, service=service)]},
+    )
+    yield url.rstrip("/")
+    demo.close(verbose=False)
+
+
+ODD = [
+    None, "", 0, -1, 10**30, "x" * 5000, [], {}, [[[]]], {"path": "/etc/passwd"}, {"path": "/etc/passwd", "meta": {
+        "_type": "gradio.FileData"}}, {"url": "http://127.0.0.1:9/", "meta": {"_type": "gradio.FileData"}},
+    {"__type__": "update"}, "<img src=x onerror=alert(1)>", "\u202e", {"a": {"b": {"c": 1}}}, True, 1e308,
+]
+PLACES = [
+    "/gradio_api/file=/etc/passwd", "/gradio_api/file=../../../../etc/passwd", "/file=/etc/passwd",
+    "/gradio_api/file=http://127.0.0.1:9/x", "/gradio_api/proxy=http://127.0.0.1:9/", "/static/../../etc/passwd",
+    "/assets/..%2f..%2f..%2fetc%2fpasswd", "/gradio_api/stream/x/y/z/playlist.m3u8", "/gradio_api/info", "/config",
+    "/nowhere", "/theme.css", "/robots.txt",  # no endless answers: the heartbeat and the progress of uploads are such
+]
+
+
+RAW = [b"{", b"\xff\xfe", b"[" * 50_000, b'{"data": NaN}', b"null", b'{"data":' + b"1" * 10_000 + b"}"]
+
+
+TAKES = {"generate": 9, "chat": 6, "sweep": 4, "estimate": 7}
+
+
+def plain(prompt: str) -> list:
+    """Values for ``generate`` with nothing odd about them."""
+    return [prompt, 0.5, "tiny-MoD", 3, 0.0, 1.0, 0, 0, True]
+
+
+def one(client: httpx.Client, at: int) -> httpx.Response | None:
+    """An odd request: number ``at`` decides which; None where the server's answer has no end."""
+    chosen = random.Random(at)
+    data = [chosen.choice(ODD) for _ in range(chosen.randint(0, 12))]
+    session = chosen.choice(["s", "", "x" * 300, "../s", None, 5])
+    kind = at % 10
+    if kind < 3:
+        name = chosen.choice(["generate", "chat", "sweep", "estimate", "load", "convert", "nothing"])
+        if chosen.random() < 0.7:  # as many values as it takes: they get as far as the handler
+            data = [chosen.choice(ODD) for _ in range(TAKES.get(name, 1))]
+        body: object = {"data": data} if chosen.random() < 0.8 else chosen.choice(ODD)
+        made = client.post(f"/gradio_api/call/{name}", json=body)
+        if made.status_code == 200 and "event_id" in made.json():
+            return client.get(f"/gradio_api/call/{name}/{made.json()['event_id']}")
+        return made
+    if kind < 6:
+        path = chosen.choice(["/gradio_api/run/predict", "/gradio_api/queue/join", "/gradio_api/api/predict"])
+        body = {"data": data, "fn_index": chosen.choice([*range(-2, 70), "x", None, 10**20]), "session_hash": session}
+        return client.post(path, json=body)
+    if kind == 6:
+        path = chosen.choice(["/gradio_api/component_server", "/gradio_api/cancel", "/gradio_api/reset"])
+        wild = {"component_id": chosen.choice(ODD), "fn_name": chosen.choice(["ls", "__class__", 3]), "data": data,
+                "session_hash": session, "event_id": "e", "fn_index": 1}
+        return client.post(path, json=wild)
+    if kind == 7:
+        name = chosen.choice(["a.json", "../../evil", "x" * 400, "a\x00b", "con.txt", ".."])
+        return client.post("/gradio_api/upload", files={"files": (name, b"x" * chosen.randint(0, 2000))})
+    if kind == 8:
+        method = chosen.choice(["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"])
+        return client.request(method, chosen.choice(PLACES))
+    raw = chosen.choice(RAW)
+    kinds = ["application/json", "text/plain", "multipart/form-data"]
+    path = chosen.choice(["/gradio_api/queue/join", "/gradio_api/call/generate"])
+    return client.post(path, content=raw, headers={"content-type": chosen.choice(kinds)})
+
+
+def test_odd_requests_over_http(address, service):
+    """Every one is answered, none with a traceback, a file or an address fetched; the app then works as before."""
+    codes, local = Counter(), threading.local()
+
+    def go(at):
+        if not hasattr(local, "client"):
+            local.client = httpx.Client(base_url=address, timeout=20, headers={"connection": "close"})
+        try:
+            answer = one(local.client, at)
+        except (ValueError, TypeError):  # what the client itself would not send
+            codes["unsent"] += 1
+            return
+        codes[answer.status_code // 100] += 1
+        text = answer.text[:100_000]
+        assert not any(leak in text for leak in LEAKS[:3]), (at, text[:500])
+        assert "root:x:0" not in text, at
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(go, range(OVER_HTTP)))
+    assert sum(codes.values()) == OVER_HTTP
+    assert codes["unsent"] < OVER_HTTP / 20, codes
+    with httpx.Client(base_url=address, timeout=60) as client:
+        assert client.get("/health").text == "ok\n"
+        made = client.post("/gradio_api/call/generate", json={"data": plain("Hello")})
+        assert '"new_tokens": 3' in client.get(f"/gradio_api/call/generate/{made.json()['event_id']}").text
+        assert "mod_requests_total" in client.get("/metrics").text
+    assert service.desk.turnstile.count() == (0, 0)
+
+
+def test_what_is_too_long_is_refused_unread(address, service):
+    """By its told length, and by what comes where none is told."""
+    with httpx.Client(base_url=address, timeout=60) as client:
+        told = client.post("/gradio_api/queue/join", content=b"x" * (service.limits.body_bytes + 1))
+        assert (told.status_code, "8,000,000 bytes" in told.text) == (413, True)
+        pieces = (b"x" * 1_000_000 for _ in range(9))
+        untold = client.post("/gradio_api/queue/join", content=pieces, headers={"content-type": "application/json"})
+        assert untold.status_code == 413
+        long = client.post("/gradio_api/call/generate", json={"data": plain("x" * 1_000_000)})
+        answer = client.get(f"/gradio_api/call/generate/{long.json()['event_id']}").text
+        assert "1,000,000 characters; at most 200,000" in answer
+        assert client.post("/gradio_api/upload", files={"files": ("a", b"x" * 22_000_000)}).status_code == 413
