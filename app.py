@@ -17,9 +17,10 @@ from app import ui
 from app.errors import UserError
 from app.service import Limits, Service
 from app.views import css
-from app.web import Guard, Quiet
+from app.web import Guard, Quiet, Traffic
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+DRAIN = 3.0  # seconds in which the last of them are sent
 PATIENCE = 30.0  # seconds that answers under way may take once the app is told to end
 
 
@@ -143,15 +144,16 @@ def _serve(service: Service, arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())
     logging.getLogger("uvicorn.access").addFilter(Quiet())
-    demo = ui.build(service, ASSETS)
+    demo, traffic = ui.build(service, ASSETS), Traffic()
     demo.launch(
         server_name=arguments.host, server_port=arguments.port, css=css(), theme=_theme(), footer_links=["api"],
         max_file_size=service.limits.file_bytes, mcp_server=arguments.mcp, prevent_thread_lock=True,
-        app_kwargs={"middleware": [Middleware(Guard, service=service)]},
+        app_kwargs={"middleware": [Middleware(Guard, service=service, traffic=traffic)]},
     )
     asked.wait()
     print("Ending: answers under way are finished, at most so many seconds:", PATIENCE, flush=True)
     whole = service.shut_down(PATIENCE)
+    traffic.drain(DRAIN)
     demo.close(verbose=False)
     print("Ended." if whole else "Ended; some answers were cut short.", flush=True)
 

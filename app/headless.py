@@ -47,7 +47,7 @@ def served(*flags: str, log: IO[str] | None = None, seconds: float = 120) -> Ite
         yield address
     finally:
         app.terminate()
-        app.wait(20)
+        app.wait(60)
 
 
 def chromium() -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,16 +20,30 @@ _HEADERS = [
 ]
 
 
+class Traffic:
+    """Streams of answers that are open now: heartbeats, which never end, are not counted."""
+
+    def __init__(self) -> None:
+        self.open = 0
+
+    def drain(self, seconds: float) -> None:
+        """Wait for them to end, so many seconds at most."""
+        until = time.monotonic() + seconds
+        while self.open and time.monotonic() < until:
+            time.sleep(0.05)
+
+
 class Guard:
     """ASGI middleware: refuses what is too long before it is read, answers ``/health`` and ``/metrics``.
 
     Args:
         app: what it stands before.
         service: whose figures and limits.
+        traffic: where open streams are counted.
     """
 
-    def __init__(self, app: App, service: Service) -> None:
-        self.app, self.service = app, service
+    def __init__(self, app: App, service: Service, traffic: Traffic | None = None) -> None:
+        self.app, self.service, self.traffic = app, service, traffic or Traffic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,7 +58,12 @@ class Guard:
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if not told.isdigit() or int(told) > most:
             return await self._refuse(send, most)
-        return await self._bounded(scope, receive, send, most)
+        counted = int("/call/" in path or path.endswith("/queue/data"))
+        self.traffic.open += counted
+        try:
+            return await self._bounded(scope, receive, send, most)
+        finally:
+            self.traffic.open -= counted
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send, most: int) -> None:
         """Pass on at most so many bytes of the body, whatever length was told."""

@@ -6,7 +6,8 @@ import errno
 
 import torch
 
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "could not create a memory")
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "could not create a memory",
+              "can't start new thread")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -35,10 +35,10 @@ class Crew:
         """Where (step, seconds since the one before) come in, and Finished at the end. Closing it frees the cache."""
         run = _Run(stream)
         with self._table:
-            self._new.append(run)
             if not self._at_work:
+                threading.Thread(target=self._go, daemon=True).start()  # may fail; waits for the table
                 self._at_work = True
-                threading.Thread(target=self._go, daemon=True).start()
+            self._new.append(run)
         return run.box
 
     def _go(self) -> None:

@@ -188,8 +188,9 @@ class Library:
                 return
             job = self._loading.get(key)
             if job is None:
-                job = self._loading[key] = _Job()
-                threading.Thread(target=self._work, args=(key, job), daemon=True).start()
+                job = _Job()
+                threading.Thread(target=self._work, args=(key, job), daemon=True).start()  # may fail
+                self._loading[key] = job
             job.readers += 1
         try:
             while not job.done.wait(_BEAT):

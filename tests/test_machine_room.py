@@ -1,0 +1,133 @@
+"""The app as a process: out of memory, told to end, behind a proxy with a replica beside it, on several devices."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import httpx
+import pytest
+from builders import REPO
+from talkers import talker
+
+from app.headless import served
+from app.service import Limits, Request, Service
+
+
+def child(code: str, *arguments: str, **environment: str) -> str:
+    """What a process of its own prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}", **environment},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
+def test_out_of_memory_is_a_sentence_and_the_app_goes_on(tmp_path):
+    """Memory is bounded: too long a prompt fails alone, beside a run that goes on; what it held is free again."""
+    talker(tmp_path / "model", context=1 << 17)
+    said = child("""
+        import resource, sys, threading
+        from app.errors import UserError
+        from app.service import Limits, Request, Service, sentence_of
+        service = Service({"tiny": sys.argv[1]}, limits=Limits(
+            frame=0.0, prompt_tokens=1 << 17, cache_bytes=1 << 40, prompt_characters=1 << 20))
+        def run(prompt, budget=8):
+            tape = ""
+            try:
+                for update in service.run("one", 0.0, Request(prompt, "tiny", budget, 0.0, chat=False)):
+                    tape = update.tape or tape
+            except Exception as error:
+                return sentence_of(error) or repr(error)
+            return sum(line.startswith('["c"') for line in tape.splitlines())
+        print(run("warm"), flush=True)
+        beside = []
+        thread = threading.Thread(target=lambda: beside.append(run("beside " * 20, 1500)))
+        thread.start()
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (40 << 20),) * 2)
+        print(run("long " * 24_000), flush=True)
+        thread.join()
+        print(beside, run("short"), service.desk.turnstile.count())
+    """, str(tmp_path / "model"), OMP_NUM_THREADS="1")
+    lines = said.splitlines()
+    assert lines[0] == "12"
+    assert lines[1].startswith("The machine ran out of memory and this request was given up"), said
+    assert lines[2] == f"[{139 + 1500}] 13 (0, 0)"
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_model_spread_over_devices_says_the_same(tmp_path, place):
+    """accelerate's device_map, some layers kept in memory and some on the disk: the same tokens, p a dial still."""
+    talker(tmp_path / "model", context=256)
+    said = child("""
+        import sys, torch
+        from modification import generate, load
+        folder, place, offload = sys.argv[1:]
+        whole, _ = load(folder)
+        spread = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+        spread |= {f"model.layers.{at}": place if at in (1, 2) else "cpu" for at in range(4)}
+        from transformers import AutoModelForCausalLM
+        parts = AutoModelForCausalLM.from_pretrained(folder, device_map=spread, offload_folder=offload).eval()
+        ids = list(range(2, 40))
+        for p in (0.0, 0.5, 1.0):
+            one, other = ([step.token for step in generate(model, ids, p=p, max_new_tokens=12) if not step.prefill]
+                          for model in (whole, parts))
+            print(one == other)
+        from modification.executor import executor_of
+        print(executor_of(parts).name)
+    """, str(tmp_path / "model"), place, str(tmp_path / "offload"))
+    lines = said.splitlines()
+    assert lines[:3] == ["True"] * 3
+    assert lines[3] in ("stock", "fast")
+
+
+def test_a_model_loaded_on_auto_runs_in_the_app(tmp_path):
+    """The option of the Model tab."""
+    service = Service({"tiny": talker(tmp_path / "model")}, limits=Limits(frame=0.0))
+    wanted = Request("Hello", "tiny [auto]", 5, 0.0)
+    *_, last = service.run("a", 0.5, wanted)
+    assert last.tape.count('"n"') == 5
+
+
+def test_told_to_end_it_finishes_what_is_under_way_and_begins_nothing(tmp_path):
+    """SIGTERM: the answer under way comes whole; a new one is refused with a sentence; then the process ends well."""
+    folder, log = talker(tmp_path / "model", context=4096), (tmp_path / "log").open("w")
+    with served("--model", str(folder), "--converted", str(tmp_path / "c"), log=log) as url:
+        client = httpx.Client(base_url=url.rstrip("/"), timeout=120)
+
+        def ask(tokens):
+            data = ["Hello", 0.0, "model", tokens, 0.0, 1.0, 0, 0, True]
+            made = client.post("/gradio_api/call/generate", json={"data": data}).json()
+            return lambda: client.get(f"/gradio_api/call/generate/{made['event_id']}").text
+
+        ask(2)()
+        answer, told = ask(2000), []
+        reader = threading.Thread(target=lambda: told.append(answer()))
+        reader.start()
+        while "mod_running 1.0" not in client.get("/metrics").text:
+            time.sleep(0.02)
+        process = int(_listening(url))
+        os.kill(process, signal.SIGTERM)
+        time.sleep(0.2)
+        late = ask(2)()
+        reader.join(60)
+        assert '"new_tokens": 2000' in told[0]
+        assert "shutting down" in late or "error" in late
+    log.close()
+    assert "Ended." in (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def _listening(url: str) -> str:
+    """The process that serves a port of this machine."""
+    port = url.rstrip("/").rpartition(":")[2]
+    found = subprocess.run(["pgrep", "-f", f"app.py.*{port}"], capture_output=True, text=True, check=True)
+    return found.stdout.split()[0]
