@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 
 from app import ui
 from app.errors import UserError
-from app.service import Limits, Service
+from app.service import Limits, Service, Zero, gpu_decorator
 from app.views import css
 from app.web import Guard, Quiet, Traffic
 
@@ -90,7 +90,8 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("modification").setLevel(logging.INFO)
     service = Service(
-        listed_models(arguments.model), ASSETS / "traces", _limits(arguments, parser, public), arguments.converted
+        listed_models(arguments.model), ASSETS / "traces", _limits(arguments, parser, public), arguments.converted,
+        Zero(decorate) if (decorate := gpu_decorator()) else None,
     )
     try:
         if service.names():

@@ -89,6 +89,59 @@ def test_a_model_spread_over_devices_says_the_same(tmp_path, place):
     assert lines[3] in ("stock", "fast")
 
 
+FORKING = textwrap.dedent("""
+    import multiprocessing, pickle, sys, threading
+    def forked(work):
+        # As on ZeroGPU: a process forked for the call, arguments and results pickled on their way.
+        def call(*arguments):
+            fork = multiprocessing.get_context("fork")
+            here, there = fork.Pipe()
+            given = pickle.dumps(arguments)
+            def go():
+                for found in work(*pickle.loads(given)):
+                    there.send(pickle.dumps(found))
+                there.send(None)
+            process = fork.Process(target=go)
+            process.start()
+            while (sent := here.recv()) is not None:
+                yield pickle.loads(sent)
+            process.join()
+        return call
+""")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are POSIX")
+def test_p_moves_in_a_fork_as_on_zerogpu(tmp_path):
+    """A run in a forked worker: the same tokens as here; p moved in mid-run reaches it; who leaves ends it."""
+    talker(tmp_path / "model", context=4096)
+    said = child(FORKING + textwrap.dedent("""
+        from app.service import Limits, Request, Service, Zero
+        here = Service({"tiny": sys.argv[1]}, limits=Limits(frame=0.0))
+        there = Service({"tiny": sys.argv[1]}, limits=Limits(frame=0.0), zero=Zero(forked))
+        wanted = Request("Hello", "tiny", 20, 0.8, seed=3)
+        columns = lambda tape: [line for line in tape.splitlines() if line.startswith('["c"')]
+        last = lambda service: columns([one.tape for one in service.run("a", 0.5, wanted) if one.tape][-1])
+        print(last(here) == last(there))
+        tape = ""
+        for update in there.run("b", 0.0, Request("Hello", "tiny", 2000, 0.0)):
+            tape = update.tape or tape
+            if len(columns(tape)) > 40:
+                there.set_p("b", 1.0)
+        import json
+        seen = [json.loads(line)[2] for line in columns(tape)]
+        print(seen[0], seen[-1], len(seen))
+        run = there.run("c", 0.0, Request("Hello", "tiny", 4000, 0.0))
+        next(run); next(run); run.close()
+        import time
+        for _ in range(100):
+            if not multiprocessing.active_children() and len(there.library.zero._free) == 64:
+                break
+            time.sleep(0.1)
+        print(multiprocessing.active_children(), there.desk.turnstile.count())
+    """), str(tmp_path / "model"), OMP_NUM_THREADS="1")
+    assert said.splitlines() == ["True", "0.0 1.0 2005", "[] (0, 0)"]
+
+
 def test_a_model_loaded_on_auto_runs_in_the_app(tmp_path):
     """The option of the Model tab."""
     service = Service({"tiny": talker(tmp_path / "model")}, limits=Limits(frame=0.0))

@@ -8,5 +8,6 @@ from app.service.door import Service
 from app.service.faults import sentence_of
 from app.service.requests import Limits, Request, number
 from app.service.runs import Update
+from app.service.zero import Zero, gpu_decorator
 
-__all__ = ["Limits", "Request", "Service", "Update", "number", "sentence_of"]
+__all__ = ["Limits", "Request", "Service", "Update", "Zero", "gpu_decorator", "number", "sentence_of"]

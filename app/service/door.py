@@ -25,6 +25,7 @@ from app.service.metrics import Metrics
 from app.service.paths import check_folder_within, check_text_within, real
 from app.service.requests import Dial, Limits, Request
 from app.service.runs import Update, prepare, stream_tape
+from app.service.zero import Zero
 from app.talk import ChatTape
 from app.tape import Tape, summary, tape_of_trace
 from modification import RoutingTrace
@@ -43,16 +44,17 @@ class Service:
         traces: folder of example traces.
         limits: bounds.
         converted: folder into which models are converted; those in it are listed too.
+        zero: runs in forks that get a GPU, on a ZeroGPU Space.
     """
 
     def __init__(
         self, shipped: dict[str, Path | str], traces: Path | None = None, limits: Limits | None = None,
-        converted: Path | None = None,
+        converted: Path | None = None, zero: Zero | None = None,
     ) -> None:
         self.limits = _with_memory(limits or Limits())
         self.conversions = Conversions(converted or Path("converted"))
         made = {name: path for name, path in self.conversions.finished().items() if name not in shipped}
-        self.library = Library({**shipped, **made}, self.limits)
+        self.library = Library({**shipped, **made}, self.limits, zero)
         self.traces = traces
         self._dials: dict[str, Dial] = {}
         self._chats = Chats(self.limits)

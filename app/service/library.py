@@ -17,10 +17,13 @@ import torch
 from app.errors import UserError
 from app.service.crew import Crew
 from app.service.faults import sentence_of
+from app.service.jobs import Mailbox
 from app.service.paths import check_folder_within, real
-from app.service.requests import Limits
+from app.service.requests import Dial, Limits, Request
 from app.service.turnstile import FairLock
+from app.service.zero import Zero
 from modification import MoDModel
+from modification.batching import Stream
 from modification.config import MoDConfig
 from modification.executor import executor_of
 from modification.loading import HUB_ID, as_mod, check_folder, load_dense_or_mod, on_disk, resolve
@@ -97,9 +100,16 @@ class Loaded:
     users: int = 0
     used: float = field(default_factory=time.monotonic)
     crew: Crew = field(init=False)
+    zero: Zero | None = None
 
     def __post_init__(self) -> None:
         self.crew = Crew(self.model, self.lock)
+
+    def run(self, stream: Stream, ids: list[int], dial: Dial, budget: int, request: Request) -> Mailbox:
+        """Begin a run that is checked: with the others of this model, or in a fork that gets a GPU."""
+        if self.zero is not None:
+            return self.zero.run(self, ids, dial, budget, request)
+        return self.crew.run(stream)
 
     def cache_bytes(self, tokens: int) -> int:
         """Most that keys and values of so many tokens take (estimated): at p = 0, with the buffers' spare room."""
@@ -135,10 +145,11 @@ class Library:
     Args:
         listed: model folders, or Hub ids, by the name shown.
         limits: how many are held, for how long, and whether others than the listed may be opened.
+        zero: runs in forks that get a GPU, where there is such a thing.
     """
 
-    def __init__(self, listed: dict[str, Path | str], limits: Limits) -> None:
-        self.listed, self.limits = dict(listed), limits
+    def __init__(self, listed: dict[str, Path | str], limits: Limits, zero: Zero | None = None) -> None:
+        self.listed, self.limits, self.zero = dict(listed), limits, zero
         self._models: dict[str, Loaded] = {}
         self._loading: dict[str, _Job] = {}
         self._table = threading.Lock()
@@ -311,7 +322,11 @@ class Library:
             )
             trained, model = isinstance(found, MoDModel), as_mod(found)
             executor_of(model)  # compiled and checked now, not in the first run
-            return Loaded(options.label(source), model, tokenizer, ModelShape.of(model), trained, shown)
+            loaded = Loaded(options.label(source), model, tokenizer, ModelShape.of(model), trained, shown)
+            if self.zero is not None:
+                self.zero.knows(loaded)
+                loaded.zero = self.zero
+            return loaded
         except ValueError as error:  # LoadError and ConversionError are sentences too
             raise UserError(str(error).replace(f"{Path(shown)}", source)) from error
 

@@ -69,7 +69,7 @@ def stream_tape(run: Prepared, dial: Dial, request: Request, limits: Limits) -> 
     loaded = run.loaded
     stream = _checked(prepare_stream, loaded, run.ids, dial, run.budget, request)
     tape, reader = Tape(loaded.shape, loaded.describe(), loaded.anchors), PieceReader(loaded.tokenizer)
-    with contextlib.closing(batches(loaded.crew.run(stream), limits.frame)) as made:
+    with contextlib.closing(batches(loaded.run(stream, run.ids, dial, run.budget, request), limits.frame)) as made:
         for batch in made:
             for step, seconds in (one for one in batch if not isinstance(one, Finished)):
                 pieces = [reader.read(int(token)) for token in step.tokens]

@@ -1,0 +1,132 @@
+"""ZeroGPU: runs in a forked process that holds a GPU as long as a run takes (huggingface.co/docs/hub/spaces-zerogpu).
+
+A fork sees the models as they were before it, and nothing that changes here after; thresholds lie in memory that is
+made before the fork and shared with it, so that p still moves while text streams. Models stay on the CPU in this
+process: chats, sweeps and benchmarks run there.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from app.service.jobs import Mailbox
+from app.service.requests import Dial, Request
+from modification import Step
+from modification.generate import generate
+
+if TYPE_CHECKING:
+    from app.service.library import Loaded
+
+SECONDS = 120  # of GPU time that a run may take
+_SLOTS, _WIDTH = 64, 514  # of thresholds: p, a wish to stop, and a shift for each of 512 MoD layers
+Decorate = Callable[[Callable[..., Iterator[Any]]], Callable[..., Iterator[Any]]]
+
+
+def gpu_decorator() -> Decorate | None:
+    """``spaces.GPU`` where there is a ZeroGPU to be had; else None."""
+    if not os.environ.get("SPACES_ZERO_GPU"):
+        return None
+    import spaces
+
+    decorate: Decorate = spaces.GPU(duration=SECONDS)
+    return decorate
+
+
+class SharedDial(Dial):
+    """A threshold that forks read as it is now."""
+
+    def __init__(self, row: Any, p: float, shifts: tuple[float, ...]) -> None:
+        self.row, self.count = row, len(shifts)
+        row[1] = 0.0
+        super().__init__(p, shifts)
+
+    @property
+    def p(self) -> float:  # type: ignore[override]
+        return float(self.row[0])
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self.row[0] = value
+
+    @property
+    def shifts(self) -> tuple[float, ...]:  # type: ignore[override]
+        return tuple(self.row[2 : 2 + self.count].tolist())
+
+    @shifts.setter
+    def shifts(self, values: tuple[float, ...]) -> None:
+        self.row[2 : 2 + self.count] = values[: self.count]
+
+
+class Zero:
+    """Runs in forks.
+
+    Args:
+        decorate: makes a generator run in a fork; ``spaces.GPU``, or a test's.
+    """
+
+    def __init__(self, decorate: Decorate) -> None:
+        memory = mmap.mmap(-1, 8 * _SLOTS * _WIDTH)  # shared with forks
+        self._rows = np.frombuffer(memory, np.float64).reshape(_SLOTS, _WIDTH)
+        self._free = list(range(_SLOTS))
+        self._table = threading.Lock()
+        self._models: dict[str, Loaded] = {}
+        self._forked = decorate(self._decode)
+
+    def knows(self, loaded: Loaded) -> None:
+        """Have a model in the forks that are made from now on."""
+        self._models[loaded.name] = loaded
+
+    def run(self, loaded: Loaded, ids: list[int], dial: Dial, budget: int, request: Request) -> Mailbox:
+        """Like ``Crew.run``: where steps and their seconds come in. ``dial`` moves what the fork reads."""
+        box = Mailbox()
+        threading.Thread(target=self._go, args=(box, loaded.name, ids, dial, budget, request), daemon=True).start()
+        return box
+
+    def _go(self, box: Mailbox, name: str, ids: list[int], dial: Dial, budget: int, request: Request) -> None:
+        with self._table:
+            slot = self._free.pop()
+        try:
+            shared = SharedDial(self._rows[slot], dial.p, dial.shifts)
+            for found in self._forked(name, ids, slot, len(dial.shifts), budget, request):
+                shared.p, shared.shifts = dial.p, dial.shifts
+                if box.given_up.is_set():
+                    self._rows[slot, 1] = 1.0
+                elif found is not None:
+                    box.put(found)
+            box.finish()
+        except BaseException as error:  # whoever reads must hear of it
+            box.fail(error)
+        finally:
+            with self._table:
+                self._free.append(slot)
+
+    def _decode(
+        self, name: str, ids: list[int], slot: int, shifts: int, budget: int, request: Request
+    ) -> Iterator[tuple[Step, float]]:
+        """In the fork: the model goes to the GPU, and its steps come back."""
+        row = self._rows[slot]
+        if not torch.cuda.is_available():
+            torch.set_num_threads(1)  # threads don't live on in a fork
+        model = self._models[name].model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+        def p() -> float | tuple[float, ...]:
+            around = row[2 : 2 + shifts]
+            return tuple(np.clip(row[0] + around, 0, 1).tolist()) if around.any() else float(row[0])
+
+        clock = time.perf_counter()
+        for step in generate(
+            model, ids, p=p, max_new_tokens=budget, temperature=request.temperature, top_p=request.top_p,
+            top_k=request.top_k, seed=request.seed, alternatives=5,
+        ):
+            before, clock = clock, time.perf_counter()
+            yield step, clock - before
+            if row[1]:
+                return
