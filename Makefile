@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: app test check
+.PHONY: app test check audit
 
 app: $(VENV)/app.stamp
 	$(BIN)/python app.py
@@ -14,6 +14,11 @@ test: $(VENV)/test.stamp
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/bandit -q -c pyproject.toml -r app modification app.py
+
+audit: $(VENV)/test.stamp
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit -r requirements.txt
 
 $(VENV)/app.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)
