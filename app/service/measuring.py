@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from modification.measure.tradeoff import Point, largest_within, point
 
 LEAST_TOKENS, BLOCK = 32, 512
 _CARD = 50_000  # characters of a model card that are shown
+_CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,4 +170,13 @@ def card_of(folder: str) -> str:
         text = path.read_text(encoding="utf-8")[:_CARD] if path.is_file() else ""
     except (OSError, UnicodeDecodeError):
         text = ""
-    return text.split("---\n", 2)[-1].strip() if text.startswith("---\n") else text or "No card beside this model."
+    text = text.split("---\n", 2)[-1].strip() if text.startswith("---\n") else text
+    return _plain(text) or "No card beside this model."
+
+
+def _plain(card: str) -> str:
+    """Markdown without HTML and pictures: a stranger's card must not make a visitor's browser fetch anything."""
+    parts = _CODE.split(card)  # code at odd places
+    return "".join(
+        part if at % 2 else part.replace("<", "&lt;").replace("![", "[") for at, part in enumerate(parts)
+    )
