@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import re
 import runpy
 import shutil
 import sys
@@ -299,3 +300,24 @@ def test_convert_refuses_a_mod_model(folder, text, tmp_path, capsys):
 def test_threads_out_of_bounds_are_refused(folder, capsys):
     """A count of threads is positive."""
     assert "threads" in refused(capsys, "--threads", "-1", "inspect", folder)
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (["--lora-rank", "4"], "--lora-rank: only --tune lora"), (["--keep-adapter"], "--keep-adapter: only --tune lora"),
+    (["--recipe", "calibrate", "--tune", "lora"], "calibrate trains nothing"),
+    (["--held-out-split", "val"], "give --held-out-data with it"), (["--save-steps", "0"], "--save-steps 0: must be 1"),
+    (["--block", "1"], "--block 1: must be 2 or more"), (["--block", "4096"], "--block 4096: the model has a context"),
+    (["--layers", "auto:x"], "expected auto:K"), (["--layers", "auto:99"], "K must be from 1 to 5"),
+    (["--layers", "none"], "indices like 1,3,5 or .convert. auto:K"),
+    (["--responses"], "plain text: it has no responses"),
+])
+def test_flags_that_would_do_nothing_are_refused(parent, text, tmp_path, capsys, flags, sentence):
+    """Before anything is trained."""
+    said = refused(capsys, "convert", parent, tmp_path / "out", "--data", text, "--tokens", 40_000, *flags)
+    assert re.search(sentence, said)
+
+
+def test_what_is_not_routed_is_not_swept(parent, folder, text, capsys):
+    """A dense model has untrained routers, whose figures would mean nothing; a MoD model is no dense parent."""
+    assert "no p to sweep over" in refused(capsys, "sweep", parent, "--data", text)
+    assert "is a MoD model" in refused(capsys, "sweep", folder, "--data", text, "--dense", folder)

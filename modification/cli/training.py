@@ -12,16 +12,16 @@ import torch
 from transformers import PreTrainedModel
 
 from modification.architectures import ConversionError, family_of
-from modification.cli.shared import layers_of, numbers
+from modification.cli.shared import check_block, check_vocabulary, layers_of, numbers
 from modification.config import MoDConfig
 from modification.conversion import layers as choosing
 from modification.conversion.calibrate import CALIBRATION_TOKENS, bend_dial
-from modification.conversion.checks import Options
+from modification.conversion.checks import CHECKPOINTS, REPORT, Options
 from modification.conversion.data import Text, pack, read_documents, token_ids
 from modification.conversion.recipes import RECIPES, Recipe, named
 from modification.conversion.sources import Reading, read_text
 from modification.conversion.train import train
-from modification.loading import load, load_dense_or_mod
+from modification.loading import load_dense_or_mod
 from modification.measure.evalharness import evaluate_tasks
 from modification.measure.quality import reference_of, sweep
 from modification.measure.report import rows_of, table
@@ -115,8 +115,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     recipe = _recipe(arguments)
     if arguments.load_in_4bit and recipe.tune == "lora":
         arguments.keep_adapter = True  # 4-bit weights can't take a change in
-    if arguments.keep_adapter and recipe.tune != "lora":
-        raise ValueError("--keep-adapter: only --tune lora makes an adapter")
+    _check_flags(arguments, recipe)
     reading = Reading(
         tuple(arguments.data), tuple(numbers("--shares", arguments.shares, float)) if arguments.shares else None,
         arguments.split, arguments.responses, arguments.held_out, arguments.held_out_data, arguments.held_out_split,
@@ -124,12 +123,17 @@ def _convert(arguments: argparse.Namespace) -> None:
     )
     model, tokenizer = _parent(arguments, recipe)
     family_of(model)  # refused before any work
-    if not arguments.layers.startswith("auto"):
+    check_block(recipe.block, model)
+    if arguments.layers.startswith("auto"):
+        choosing.check(arguments.layers, model.config.num_hidden_layers)
+    else:
         MoDConfig(layers=layers_of(arguments.layers)).layer_indices(model.config.num_hidden_layers)
+    teacher = load_dense_or_mod(arguments.teacher, dtype=torch.float32)[0] if arguments.teacher else None
+    if teacher is not None:
+        check_vocabulary("--teacher", arguments.teacher, teacher, model)
     text = read_text(reading, tokenizer, model, recipe.tokens, recipe.block, arguments.seed)
     layers, ranking = _layers(arguments.layers, model, text)
     config = MoDConfig(layers=layers, kv=arguments.kv)
-    teacher = load_dense_or_mod(arguments.teacher, dtype=torch.float32)[0] if arguments.teacher else None
     options = Options(
         resume=arguments.resume, keep_adapter=arguments.keep_adapter, save_steps=arguments.save_steps,
         report_to=tuple(filter(None, arguments.report_to.split(","))), fsdp=arguments.fsdp,
@@ -141,6 +145,25 @@ def _convert(arguments: argparse.Namespace) -> None:
     if rows:
         print(table(rows, "the parent's"))
         print(f"written to {arguments.out}")
+
+
+def _check_flags(arguments: argparse.Namespace, recipe: Recipe) -> None:
+    """Flags that would do nothing, and what is known to fail before anything is loaded."""
+    for wrong, why in (
+        (arguments.keep_adapter and recipe.tune != "lora", "--keep-adapter: only --tune lora makes an adapter"),
+        (arguments.lora_rank is not None and recipe.tune != "lora", "--lora-rank: only --tune lora has a rank"),
+        (recipe.fit and recipe.tune != "router",
+         f"--tune {recipe.tune}: {recipe.name} trains nothing; it fits the routers alone"),
+        (arguments.held_out_split and not arguments.held_out_data, "--held-out-split: give --held-out-data with it"),
+        (arguments.save_steps is not None and arguments.save_steps < 1,
+         f"--save-steps {arguments.save_steps}: must be 1 or more"),
+        ((arguments.out / REPORT).exists(),
+         f"{arguments.out} holds a finished conversion: choose another folder, or remove it first"),
+    ):
+        if wrong:
+            raise ValueError(why)
+    if arguments.resume and not (arguments.out / CHECKPOINTS).is_dir():
+        print(f"--resume: {arguments.out} holds no checkpoint, so this run starts from the beginning", flush=True)
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
@@ -186,6 +209,7 @@ def _dial(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_dense_or_mod(arguments.model)
     if not isinstance(model, MoDModel):
         raise ConversionError(f"{arguments.model} is a dense model: it has no dial yet; convert it first")
+    check_block(arguments.block, model)
     blocks = pack(read_documents(arguments.data, tokenizer, arguments.split), arguments.block, arguments.tokens)
     before = sweep(model, blocks, _DIALLED)
     knots = bend_dial(model, blocks)
@@ -200,14 +224,21 @@ def _dial(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    model, tokenizer = load(arguments.model)
+    model, tokenizer = load_dense_or_mod(arguments.model)
+    if not isinstance(model, MoDModel):
+        raise ConversionError(f"{arguments.model} is a dense model: it has no p to sweep over; convert it first")
     if arguments.tasks:
         grid = numbers("--p", arguments.p, float)
         print(evaluate_tasks(model, tokenizer, arguments.tasks.split(","), grid, arguments.limit))
         return
-    blocks = pack(read_documents(arguments.data, tokenizer, arguments.split), arguments.block, arguments.tokens)
+    check_block(arguments.block, model)
     reference = None
     if arguments.dense:
         dense, _ = load_dense_or_mod(arguments.dense)
+        if isinstance(dense, MoDModel):
+            raise ValueError(f"--dense {arguments.dense} is a MoD model: give a dense one")
+        check_vocabulary("--dense", arguments.dense, dense, model)
+    blocks = pack(read_documents(arguments.data, tokenizer, arguments.split), arguments.block, arguments.tokens)
+    if arguments.dense:
         reference, _ = reference_of(dense, blocks)
     print(table(rows_of(model, blocks, reference=reference), "the parent's" if arguments.dense else "p = 0"))

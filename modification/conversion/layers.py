@@ -29,15 +29,22 @@ def choose(model: Any, text: str, blocks: npt.NDArray[np.int32]) -> tuple[tuple[
     Raises:
         ValueError: no such form, or K is not from 1 to the number of layers.
     """
-    found, depth = AUTO.fullmatch(text), model.config.num_hidden_layers
+    depth = model.config.num_hidden_layers
+    count, rank = check(text, depth)
+    measured = attention_rank(model, blocks) if rank else influence(model, blocks)
+    order = sorted(range(depth), key=measured.__getitem__)
+    return tuple(sorted(order[:count])), measured
+
+
+def check(text: str, depth: int) -> tuple[int, bool]:
+    """K of ``auto:K``, and whether it is by rank, for a model of ``depth`` layers; ValueError as in ``choose``."""
+    found = AUTO.fullmatch(text)
     if found is None:
         raise ValueError(f"layers={text!r}: expected auto:K or auto:K:rank, K layers to route")
     count = int(found[1])
     if not 1 <= count <= depth:
         raise ValueError(f"layers={text!r}: this model has {depth} layers, K must be from 1 to {depth}")
-    measured = attention_rank(model, blocks) if found[2] == "rank" else influence(model, blocks)
-    order = sorted(range(depth), key=measured.__getitem__)
-    return tuple(sorted(order[:count])), measured
+    return count, found[2] == "rank"
 
 
 @torch.no_grad()

@@ -57,6 +57,9 @@ class Reading:
             raise ValueError(f"{self.held_out_source} is training text too: hold out another source, or another split")
         if self.reweight and len(self.sources) < 2:
             raise ValueError("reweighting moves weights between sources: name two or more")
+        plain = [source for source in self.sources if ".txt" in Path(source).suffixes]
+        if self.responses and plain:
+            raise ValueError(f"{plain[0]} is plain text: it has no responses to learn alone; leave --responses out")
         if self.held_out is not None and self.held_out < 1:
             raise ValueError(f"held out {self.held_out}: must be 1 block or more")
 
