@@ -1,4 +1,4 @@
-"""Make the shipped pair from text: dense parent, any-p conversion, cards, example traces. Resumable.
+"""Make the shipped pair from text: dense parent, any-p conversion, example trace. Resumable.
 
     PYTHONPATH=. python assets/make_pair.py TEXT.jsonl[.xz] [--name Llama-Storyteller-10M] [--work runs/storyteller]
 
@@ -11,9 +11,7 @@ already is not done again: remove a folder under --work to redo it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import math
 import random
 import shutil
 from pathlib import Path
@@ -21,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from cards import dense_card, mod_card
 from make_parent import TOKENS, make_parent, mixed_blocks, tokens_seen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,7 +31,6 @@ from modification.conversion.data import Text, pack, read_documents
 from modification.conversion.recipes import Recipe
 from modification.conversion.train import train
 from modification.measure.cost import ModelShape
-from modification.measure.quality import evaluate, sweep
 from modification.routing import is_router
 
 ASSETS = Path(__file__).resolve().parent
@@ -54,9 +50,8 @@ def make_pair(text: Path, name: str, work: Path, parent_tokens: int, mod_tokens:
     _ship(AutoModelForCausalLM.from_pretrained(parent), tokenizer, dense)
     _ship(load(converted)[0], tokenizer, mod)
     shutil.copy(converted / "report.json", mod / "report.json")
-    facts = {**_measure(text, tokenizer, held_out, dense, mod), "name": name, "parent_tokens": tokens_seen(work)}
-    (dense / "README.md").write_text(dense_card(facts), encoding="utf-8")
-    (mod / "README.md").write_text(mod_card(facts), encoding="utf-8")
+    seen = {"parent_tokens": tokens_seen(work), "mod_tokens": json.loads((mod / "report.json").read_text())["tokens"]}
+    (mod / "facts.json").write_text(json.dumps({"name": name, **seen}), encoding="utf-8")
     _example(mod)
 
 
@@ -78,22 +73,6 @@ def _ship(model: Any, tokenizer: Any, folder: Path) -> None:
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _measure(text: Path, tokenizer: Any, held_out: np.ndarray, dense: Path, mod: Path) -> dict[str, Any]:
-    """The figures that the cards quote, measured on the shipped files and the val split."""
-    parent, model = load(dense)[0], load(mod)[0]
-    loss = evaluate(parent, held_out, 0.0)
-    documents = list(read_documents(text, tokenizer, "val"))
-    ids = [token for document in documents for token in document]
-    per_token = len(tokenizer.decode(ids, skip_special_tokens=True).encode()) / len(ids)
-    return {
-        "parameters": sum(p.numel() for n, p in parent.named_parameters() if not is_router(n)),
-        "mod_tokens": json.loads((mod / "report.json").read_text())["tokens"],
-        "dense_loss": loss.loss, "dense_error": loss.error, "bits_per_byte": loss.loss / math.log(2) / per_token,
-        "held_out_tokens": int(held_out.size), "val_documents": len(documents),
-        "sweep": [dataclasses.asdict(row) for row in sweep(model, held_out)],
-    }
 
 
 def _example(folder: Path) -> None:
