@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ import sharded_step
 import torch
 from builders import REPO, assert_close, dense_model, save_folder
 from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modification.cli import main
 from modification.conversion import checks
@@ -125,6 +127,34 @@ def test_a_run_killed_at_any_step_and_resumed_is_one_that_was_not(seed, work, wh
     finish([sys.executable, *command(work, out, "--resume")])
     assert_same_weights(out, whole)
     assert [entry["step"] for entry in log_of(out)] == [entry["step"] for entry in log_of(whole)]
+
+
+class Died(BaseException):
+    """What no code foresees, as a kill."""
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer"])
+def test_a_run_that_dies_while_it_writes_leaves_no_half_model(what, work, whole, tmp_path, monkeypatch, gradients):
+    """No file of the model is there until all are; resumed, it ends the same."""
+    out, kind = tmp_path / "out", PreTrainedModel if what == "model" else PreTrainedTokenizerBase
+    real = kind.save_pretrained
+
+    def half(self, folder, *args, **kwargs):
+        if "checkpoint-" in str(folder):
+            return real(self, folder, *args, **kwargs)
+        Path(folder, "model.safetensors").write_bytes(b"half")
+        raise Died
+
+    with monkeypatch.context() as dying:
+        dying.setattr(kind, "save_pretrained", half)
+        with pytest.raises(Died):
+            main(command(work, out)[4:])
+    assert not (out / "model.safetensors").exists()
+    assert not (out / "report.json").exists()
+    assert _steps(out / "checkpoints") > 0
+    assert main(command(work, out, "--resume")[4:]) == 0
+    assert not (out / "partial").exists()
+    assert_same_weights(out, whole)
 
 
 def _steps(checkpoints):

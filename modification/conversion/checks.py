@@ -161,6 +161,21 @@ def _check_same_run(
 
 
 @contextlib.contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A folder to write a model to; its files then move into ``out``, each whole, the report last: it says that all is
+    there. A kill before that leaves ``out`` without a model, and its last checkpoint."""
+    aside = out / "partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    yield aside
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == REPORT):
+        if path.is_dir():
+            shutil.rmtree(out / path.name, ignore_errors=True)
+        path.replace(out / path.name)
+    aside.rmdir()
+
+
+@contextlib.contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
     """What writers raise on a full disk, as an OSError."""
     try:

@@ -19,7 +19,15 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from modification.config import MoDConfig
 from modification.conversion.calibrate import CALIBRATION_TOKENS, fit_dial, fit_routers
-from modification.conversion.checks import CHECKPOINTS, REPORT, Options, disk_errors, prepare_folder, processes
+from modification.conversion.checks import (
+    CHECKPOINTS,
+    REPORT,
+    Options,
+    disk_errors,
+    prepare_folder,
+    processes,
+    written_whole,
+)
 from modification.conversion.data import Text
 from modification.conversion.recipes import Recipe
 from modification.conversion.trainer import (
@@ -91,13 +99,14 @@ def train(
         **options.facts,
     }
     rows, report = _report(model, tokenizer, recipe, text, facts, parent)
-    finish(out if options.keep_adapter else None)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    card = reporting.card(report, rows, out.name, str(options.facts.get("parent", "a dense model")))
-    (out / "README.md").write_text(card, encoding="utf-8")
     _plot(out)
-    (out / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")  # last: it says that all is there
+    with written_whole(out) as aside:
+        finish(aside if options.keep_adapter else None)
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        card = reporting.card(report, rows, out.name, str(options.facts.get("parent", "a dense model")))
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        (aside / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return rows
 
@@ -144,8 +153,11 @@ def _run(
     with asked_to_end() as asked:
         trainer.add_callback(SaveAndStop(asked))
         with disk_errors(out):
-            trainer.train(resume_from_checkpoint=last)
-    if asked.is_set():
+            if last is not None and int(last.rpartition("-")[2]) >= recipe.steps:
+                trainer._load_from_checkpoint(last)  # trained to the end: `train` would do one step more
+            else:
+                trainer.train(resume_from_checkpoint=last)
+    if asked.is_set() and trainer.state.global_step < recipe.steps:
         raise InterruptedError(f"stopped at step {trainer.state.global_step} of {recipe.steps}: --resume goes on")
     model.config.use_cache = caching
     spread = trainer.accelerator.distributed_type.value
