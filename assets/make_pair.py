@@ -70,7 +70,7 @@ def _ship(model: Any, tokenizer: Any, folder: Path) -> None:
     for weight_name, weight in model.named_parameters():
         if not is_router(weight_name):
             weight.data = weight.data.to(torch.bfloat16)
-    model.config.dtype = torch.bfloat16
+    model.config.dtype, model.config.use_cache = torch.bfloat16, True  # training turned the cache off
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
