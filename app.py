@@ -149,6 +149,7 @@ def _serve(service: Service, arguments: argparse.Namespace) -> None:
     demo.launch(
         server_name=arguments.host, server_port=arguments.port, css=css(), theme=_theme(), footer_links=["api"],
         max_file_size=service.limits.file_bytes, mcp_server=arguments.mcp, prevent_thread_lock=True,
+        max_threads=2 * (service.limits.running + service.limits.waiting) + 40,  # a program's call holds one all along
         app_kwargs={"middleware": [Middleware(Guard, service=service, traffic=traffic)]},
     )
     asked.wait()

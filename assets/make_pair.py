@@ -26,6 +26,7 @@ from app.service import Request
 from app.service.library import Loaded
 from app.service.runs import record
 from modification import MoDConfig, load
+from modification.conversion.calibrate import bend_dial
 from modification.conversion.checks import Options
 from modification.conversion.data import Text, pack, read_documents
 from modification.conversion.recipes import Recipe
@@ -34,6 +35,7 @@ from modification.measure.cost import ModelShape
 from modification.routing import is_router
 
 ASSETS = Path(__file__).resolve().parent
+DIAL_TOKENS = 49_152
 HELD_OUT_BLOCKS = 48
 EXAMPLE = "Write a bedtime story called `The Lantern in the Snow`."
 
@@ -48,7 +50,11 @@ def make_pair(text: Path, name: str, work: Path, parent_tokens: int, mod_tokens:
         _convert(text, parent, tokenizer, held_out, converted, mod_tokens)
     dense, mod = ASSETS / name, ASSETS / f"{name}-MoD"
     _ship(AutoModelForCausalLM.from_pretrained(parent), tokenizer, dense)
-    _ship(load(converted)[0], tokenizer, mod)
+    model = load(converted)[0]
+    documents = list(read_documents(text, tokenizer, "train"))
+    np.random.default_rng(3).shuffle(documents)
+    bend_dial(model, pack(documents, 512, DIAL_TOKENS))  # on the text as it comes, without the facts mixed in
+    _ship(model, tokenizer, mod)
     shutil.copy(converted / "report.json", mod / "report.json")
     seen = {"parent_tokens": tokens_seen(work), "mod_tokens": json.loads((mod / "report.json").read_text())["tokens"]}
     (mod / "facts.json").write_text(json.dumps({"name": name, **seen}), encoding="utf-8")

@@ -49,13 +49,14 @@ class Stream:
         return check_thresholds(self.read_p(), len(self.cache.mod_layers))
 
     def prefill(self, executor: Executor) -> Iterator[Step | None]:
-        """Run what the cache doesn't hold of the prompt: None after each chunk, and the step at the end."""
+        """Run what the cache doesn't hold of the prompt: None after each chunk but the last, then the step."""
         start, p = time.perf_counter(), self.threshold()
         fresh = self.ids[_reusable(self.cache, self.ids.tolist()) :]
         done = list[Pass]()
         for part in executor.chunks(fresh, self.cache, p):
             done.append(part)
-            yield None
+            if sum(one.scores.shape[1] for one in done) < len(fresh):
+                yield None
         scores, routed = (np.concatenate([getattr(part, name) for part in done], 1) for name in ("scores", "routed"))
         self.logits = done[-1].logits[0]
         yield self._step(fresh.cpu().numpy(), scores, routed, p, start, prefill=True)
@@ -94,6 +95,7 @@ def run(executor: Executor, streams: Sequence[Stream]) -> Iterator[tuple[int, St
     whole = True  # false while caches are being written: one that was left half written is of no use
     try:
         for row, stream in enumerate(streams):
+            stream.threshold()  # one that is out of bounds is told before anything is written
             whole = False
             *_, step = stream.prefill(executor)
             whole = True
@@ -144,8 +146,11 @@ class Batch:
             stream.cache.reset()
 
     def step(self) -> list[tuple[Stream, Step | Exception]]:
-        """One chunk of the first waiting prompt and one token of every stream that goes on: what came of it."""
-        return [*self._prefill(), *self._advance()]
+        """One token of every stream that goes on, and one chunk of the first waiting prompt: what came of it.
+
+        A stream has at most one event a step.
+        """
+        return [*self._advance(), *self._prefill()]
 
     def _prefill(self) -> Iterator[tuple[Stream, Step | Exception]]:
         if not self._waiting:

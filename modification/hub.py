@@ -13,7 +13,6 @@ from typing import Any
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -80,7 +79,9 @@ def _download(
         try:
             which = revision if name == "config.json" else commit or revision
             place = hf_hub_download(repository, name, revision=which, tqdm_class=_bar(progress, done, total))
-        except (LocalEntryNotFoundError, OSError) as error:
+        except Exception as error:  # whatever the libraries make of a connection that broke
+            if isinstance(error, ValueError):  # what ``progress`` raised to end it
+                raise
             raise HubError(
                 f"{name} of {repository} could not be fetched ({type(error).__name__}): try again, what is here is kept"
             ) from error

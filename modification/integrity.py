@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from modification.routing import is_router
 
 INDEX = "model.safetensors.index.json"
 _HEADER_BYTES = 100_000_000  # as safetensors itself bounds it
-_JSON_BYTES = 200_000_000  # the largest tokenizers have some tens of MB
+_JSON_BYTES = 100_000_000  # the largest tokenizers have some tens of MB
+_CONFIG_BYTES = 4_000_000
+_CONFIGS = ("config.json", "generation_config.json", "chat_template.jinja", "adapter_config.json")
+_READ_WHOLE = ("*.json", "*.jinja", "*.txt", "*.model")
+_DIMENSIONS = 16
+_PACKED, _SLACK = 2, 1.5  # weights in a byte of quantised files; tied or shared weights are held once
 _MOST = 1 << 40  # no count in a config is above this
 _SIZES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
@@ -39,6 +45,7 @@ def check_files(folder: Path, config: dict[str, Any]) -> None:
         Damaged: with a sentence for the user.
     """
     tensors = 0
+    check_sizes(folder)
     for path in sorted(folder.glob("*.safetensors")):
         tensors += len(header_of(path))
     if not tensors:
@@ -46,9 +53,18 @@ def check_files(folder: Path, config: dict[str, Any]) -> None:
     if (folder / INDEX).is_file():
         _check_index(folder)
     _check_counts(folder / "config.json", config, tensors)
-    for path in folder.glob("*.json"):
-        if path.stat().st_size > _JSON_BYTES:
-            raise Damaged(f"{path} has {path.stat().st_size:,} bytes, more than any model's: at most {_JSON_BYTES:,}")
+
+
+def check_sizes(folder: Path) -> None:
+    """No file that is read whole is longer than any model's.
+
+    Raises:
+        Damaged: one is.
+    """
+    for path in (path for pattern in _READ_WHOLE for path in folder.glob(pattern)):
+        most = _CONFIG_BYTES if path.name in _CONFIGS else _JSON_BYTES
+        if path.stat().st_size > most:
+            raise Damaged(f"{path} has {path.stat().st_size:,} bytes, more than any model's: at most {most:,} are read")
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -82,9 +98,12 @@ def header_of(path: Path) -> dict[str, Any]:
 
 def _end_of(path: Path, name: str, tensor: Any) -> int:
     try:
-        start, end = tensor["data_offsets"]
-        wanted = math.prod(tensor["shape"]) * _SIZES.get(tensor["dtype"], 0)
-        if start < 0 or end - start < 0 or (wanted and end - start != wanted):
+        (start, end), shape = tensor["data_offsets"], tensor["shape"]
+        numbers = [start, end, *shape[:_DIMENSIONS]]
+        if len(shape) > _DIMENSIONS or not all(type(one) is int and 0 <= one <= _MOST for one in numbers):
+            raise ValueError  # before anything is multiplied
+        wanted = math.prod(shape) * _SIZES.get(tensor["dtype"], 0)
+        if end < start or (wanted and end - start != wanted):
             raise ValueError
         return int(end)
     except (TypeError, KeyError, ValueError, OverflowError) as error:
@@ -127,6 +146,28 @@ def _numbers(value: Any, name: str = "config", depth: int = 0) -> Iterator[tuple
     elif isinstance(value, list):
         for one in value[:10_000]:
             yield from _numbers(one, name, depth + 1)
+
+
+def check_fit(folder: Path, config: Any) -> None:
+    """A model as the config describes it is not much larger than its files: nothing would fill the rest.
+
+    It is built without memory for its weights, which is quick.
+
+    Raises:
+        Damaged: it is larger.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    wanted = sum(weight.numel() for weight in model.parameters())
+    held = sum(
+        math.prod(tensor["shape"]) * (_PACKED if tensor["dtype"] in ("U8", "I8") else 1)
+        for path in folder.glob("*.safetensors") for tensor in header_of(path).values()
+    )
+    if wanted > _SLACK * held:
+        raise Damaged(
+            f"{folder / 'config.json'} describes a model of {wanted:,} weights, and the files hold {held:,}: they have "
+            "other shapes, or some are missing"
+        )
 
 
 def check_loaded(source: str, model: Any, tokenizer: Any) -> None:

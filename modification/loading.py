@@ -15,7 +15,7 @@ from modification.architectures import FAMILIES, PREFIX, structured
 from modification.config import MoDConfig
 from modification.errors import first_line, out_of_memory
 from modification.hub import HubError, Progress, fetch
-from modification.integrity import Damaged, check_files, check_loaded
+from modification.integrity import Damaged, check_files, check_fit, check_loaded, check_sizes
 from modification.model import MoDModel, convert, register_family
 
 ADAPTER = "adapter"  # folder within a model's that holds a low-rank change of its weights
@@ -91,6 +91,12 @@ def load_dense_or_mod(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
         raise LoadError(f"{path_or_hub_id}: its tokenizer can't be read ({first_line(error)})") from error
+    try:
+        check_fit(Path(source), config)
+    except Damaged as error:
+        raise LoadError(str(error)) from error
+    except Exception as error:
+        raise LoadError(f"{path_or_hub_id}: config.json does not describe a model ({first_line(error)})") from error
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source, config=config, **options, **weights, output_loading_info=True, ignore_mismatched_sizes=True
@@ -170,10 +176,17 @@ def _try_quantized(model: Any, quantization: str) -> None:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool = True) -> list[int]:
-    """Token ids of a prompt: as a user's message if the tokenizer has a chat template and ``chat`` is set."""
+    """Token ids of a prompt: as a user's message if the tokenizer has a chat template and ``chat`` is set.
+
+    Raises:
+        ValueError: the template fails.
+    """
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+        try:
+            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+        except Exception as error:  # a template is a program of the model's
+            raise ValueError(f"the model's chat template fails: {first_line(error)}") from error
     return list(tokenizer(prompt)["input_ids"])
 
 
@@ -207,7 +220,10 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise LoadError(f"{folder} is not a model folder: it has no config.json")
     try:
+        check_sizes(folder)
         config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except Damaged as error:
+        raise LoadError(str(error)) from error
     except (ValueError, OSError, RecursionError) as error:
         raise LoadError(f"{path} is not valid JSON: {first_line(error)}") from error
     model_type = config.get("model_type") if isinstance(config, dict) else None

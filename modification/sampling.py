@@ -50,7 +50,7 @@ class Sampler:
         if self.temperature == 0.0:
             token = int(logprobs.argmax())
         else:
-            weights, ids = self._candidates(logprobs / self.temperature)
+            weights, ids = self._candidates((logprobs - logprobs.max()) / self.temperature)
             if not math.isfinite(float(weights.sum())):
                 raise FloatingPointError(_BROKEN)
             place = torch.multinomial(weights, 1, generator=self.generator)

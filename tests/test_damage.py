@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import signal
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -113,6 +114,40 @@ def test_a_router_that_is_no_number_runs_its_layer_and_is_noted_once(folder, cap
         steps = list(generate(model, tokens(1, 12)[0], p=0.99, max_new_tokens=3))
     assert all(step.routed[0].all() for step in steps)
     assert sum("router" in record.message for record in caplog.records) == 1
+
+
+def header(folder: Path, tensors: str) -> None:
+    """A weight file with a header of one's own and nothing after it."""
+    (folder / "model.safetensors").write_bytes(len(tensors).to_bytes(8, "little") + tensors.encode())
+
+
+@pytest.mark.parametrize("shape", [
+    "[[0], 50000000]", "[" + "9" * 4000 + ", " + "9" * 4000 + "]", "[" + "1," * 1000 + "1]", "[-1, -1]", "[true]",
+    '"ab"', "[1e3]", "{}",
+])
+def test_a_header_that_would_cost_memory_or_time_is_refused_at_once(folder, shape):
+    """Nothing of it is multiplied before it is known to be a few whole numbers."""
+    header(folder, f'{{"a": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 0]}}}}')
+    before = time.monotonic()
+    with pytest.raises(LoadError, match="is not told of in full"):
+        load(folder)
+    assert time.monotonic() - before < 2
+
+
+def test_a_config_that_asks_for_much_more_than_the_files_hold_is_refused(folder):
+    """Before memory is taken for it."""
+    edit(folder / "config.json", lambda config: config.update(vocab_size=8_000_000))
+    with pytest.raises(LoadError, match=r"describes a model of 512,[\d,]+ weights, and the files hold"):
+        load(folder)
+
+
+def test_files_that_are_read_whole_are_bounded(folder):
+    for name in ("config.json", "chat_template.jinja"):
+        kept = (folder / name).read_bytes() if (folder / name).exists() else b""
+        (folder / name).write_bytes(kept + b" " * 5_000_000)
+        with pytest.raises(LoadError, match="more than any model's"):
+            load(folder)
+        (folder / name).write_bytes(kept)
 
 
 def test_an_index_that_names_files_elsewhere_is_refused(folder):
@@ -241,8 +276,8 @@ def test_a_thousand_damaged_folders(whole, tmp_path):
     assert min(outcomes["loaded"], outcomes["refused"]) > 100, outcomes
 
 
-def test_nothing_of_a_refused_model_stays(folder):
-    """No family is left registered and no thread or file handle is left over by a failed load."""
+def test_a_refused_model_leaves_the_random_numbers_alone(folder):
+    """Fresh weights were drawn for nothing."""
     tamper(folder, fill(LAYER, float("nan")))
     before = torch.get_rng_state()
     with pytest.raises(LoadError):

@@ -83,6 +83,16 @@ def test_only_folders_that_are_allowed_are_opened(folder, tmp_path):
         list(service.convert(Plan(str(inside / "fine"), "new", "/etc/passwd")))
 
 
+@pytest.mark.parametrize("name", ["tiny [ ] [ ]", "tiny [cpu] [bf16]", "tiny [bf16] []", "tiny [ ]"])
+def test_a_name_reads_back_as_itself_or_is_refused(library, name):
+    """Otherwise it would be looked up under one key and loaded under another, for ever."""
+    try:
+        key = library.check(name)
+    except UserError:
+        return
+    assert library.check(key) == key
+
+
 def test_who_stops_waiting_leaves_the_load_to_the_next(library, monkeypatch):
     gate, load = threading.Event(), library_module.load_dense_or_mod
     monkeypatch.setattr(library_module, "load_dense_or_mod", lambda *a, **o: gate.wait() and load(*a, **o))

@@ -88,7 +88,7 @@ HANDLERS = {
         lambda service: chat._answer(service, again=False), [TEXT, NUMBER, TEXT, TEXT, NUMBER, *[NUMBER] * 3], 0.25,
         [SOMEONE],
     ),
-    "sweep": (sweep._sweep, [TEXT, GRID, NUMBER, TEXT], 0.2, []),
+    "sweep": (sweep._sweep, [TEXT, GRID, NUMBER, TEXT], 0.2, [SOMEONE]),
     "trace": (explore._read_trace, [st.binary(max_size=200) | st.just(b"[" * 100_000)], 0.1, []),
     "move": (explore._move, [NUMBER | TEXT], 0.05, [SOMEONE]),
 }

@@ -123,7 +123,7 @@ def test_closing_a_run_frees_its_cache_and_its_place(service, monkeypatch):
     ({"model": ""}, "Choose a model"),
     ({"model": "/no/such/folder"}, "neither a folder here nor a Hub id"),
     ({"model": "../no/such"}, "neither a folder here nor a Hub id"),
-    ({"temperature": -1.0}, "temperature"),
+    ({"temperature": -1.0}, "Temperature -1: give a number from 0 to 10"),
 ])
 def test_bad_input_is_a_sentence_and_the_place_is_free_again(service, changes, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -219,6 +219,18 @@ def test_one_user_gets_so_many_places_and_no_more():
     with pytest.raises(UserError, match="at most 2 at a time"):
         gate.join(object(), "a")
     gate.join(object(), "c")
+
+
+def test_the_line_is_bounded_whatever_keeps_it_waiting():
+    """Places, or memory: so many wait and no more."""
+    for need in (0, 90):
+        gate, first = Turnstile(4, 2, room=100), object()
+        gate.join(first, need=90)
+        assert gate.wait(first, 0.01) is None
+        for _ in range(2 if need else 2 + 3):  # with memory to spare, three places are open besides
+            gate.join(object(), need=need)
+        with pytest.raises(UserError, match="queue is full"):
+            gate.join(object(), need=need)
 
 
 def test_memory_makes_wait_then_lets_in_and_what_never_fits_is_refused():

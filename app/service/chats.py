@@ -22,6 +22,7 @@ from app.service.requests import Dial, Limits, Request
 from app.service.runs import budget_of, ending, next_step, start
 from app.talk import ChatTape, SideFigures
 from modification import Step
+from modification.errors import first_line
 
 _TEMPLATE = 64  # tokens that a chat template may put around a message
 
@@ -46,10 +47,7 @@ class Side:
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of the messages; those seen before stay the tokens they were."""
         tokenizer = self.loaded.tokenizer
-        if tokenizer.chat_template:
-            whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        else:
-            whole = "\n\n".join(message["content"] for message in messages)
+        whole = _written(tokenizer, messages)
         self.seen = [(text, ids) for text, ids in self.seen if whole.startswith(text)]
         text, ids = self.seen[-1] if self.seen else ("", [])
         plain = tokenizer.chat_template or ids  # a text without a template gets the tokenizer's own start
@@ -77,6 +75,7 @@ class Conversation:
         tape: all turns as the page shows them.
         busy: held while an answer is being made or a turn taken back.
         closed: whether the caches go as soon as it is not busy.
+        inside: whether its request has got its place, and its caches count as promised.
     """
 
     names: tuple[str, str]
@@ -86,6 +85,7 @@ class Conversation:
     used: float = field(default_factory=time.monotonic)
     busy: threading.Lock = field(default_factory=threading.Lock)
     closed: bool = False
+    inside: bool = False
 
     @contextlib.contextmanager
     def alone(self, patience: float = 0.0) -> Iterator[None]:
@@ -100,6 +100,15 @@ class Conversation:
             if self.closed:
                 self._free()
 
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Its caches count as its request's meanwhile, and not as kept."""
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+
     def cut(self, turns: int) -> None:
         """Take back all turns but so many."""
         del self.turns[turns:]
@@ -107,15 +116,22 @@ class Conversation:
 
     def allocated(self) -> int:
         """Bytes of both caches' buffers."""
-        return sum(thread.cache.nbytes().allocated for thread in self.threads)
+        with contextlib.suppress(IndexError):  # emptied while it was being counted
+            return sum(thread.cache.nbytes().allocated for thread in self.threads)
+        return 0
 
-    def need(self, models: tuple[Loaded, Loaded], message: str, budget: int) -> int:
-        """Bytes that the caches may come to (estimated), once ``message`` has got answers of ``budget`` tokens."""
+    def need(
+        self, models: tuple[Loaded, Loaded], message: str, budget: int, turns: int | None = None
+    ) -> int:
+        """Bytes that the caches may come to (estimated), once ``message``, after so many turns, has got answers of
+        ``budget`` tokens."""
         total = 0
         for at, loaded in enumerate(models):
-            told = len(self.threads[at].cache.tokens) if at < len(self.threads) else 0
-            new = len(loaded.tokenizer(message)["input_ids"]) + _TEMPLATE + budget
-            total += loaded.cache_bytes(min(told + new, loaded.context))
+            kept = len(self.threads[at].cache.tokens) if at < len(self.threads) else 0
+            new = len(loaded.tokenizer(message)["input_ids"]) + _TEMPLATE
+            written = _written(loaded.tokenizer, _messages(self.turns[:turns], at, message))
+            whole = len(loaded.tokenizer(written)["input_ids"])
+            total += loaded.cache_bytes(min(max(kept + new, whole + _TEMPLATE) + budget, loaded.context))
         return total
 
     def close(self) -> None:
@@ -154,10 +170,10 @@ class Chats:
             one.close()
 
     def held(self) -> int:
-        """Bytes of the caches of conversations in which nobody is answering."""
+        """Bytes of the caches of conversations whose request has no place, or that have none."""
         with self._table:
-            quiet = [one for one in self._open.values() if not one.busy.locked()]
-        return sum(one.allocated() for one in quiet)
+            outside = [one for one in self._open.values() if not one.inside]
+        return sum(one.allocated() for one in outside)
 
     def relieve(self, wanted: int) -> None:
         """Close quiet conversations, the least recently used first, until so many bytes are free."""
@@ -259,6 +275,16 @@ def _messages(turns: list[Turn], side: int, message: str) -> list[dict[str, str]
     for turn in turns:
         told += [{"role": "user", "content": turn.message}, {"role": "assistant", "content": turn.answers[side]}]
     return [*told, {"role": "user", "content": message}]
+
+
+def _written(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """A conversation as the text that a model reads; UserError if its chat template fails."""
+    if not tokenizer.chat_template:
+        return "\n\n".join(message["content"] for message in messages)
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # a template is a program of the model's
+        raise UserError(f"The model's chat template fails: {first_line(error)}.") from error
 
 
 class _Answer:

@@ -49,7 +49,7 @@ class Crew:
                 with self.lock:
                     events = batch.step()
                 for stream, found in events:
-                    if runs[id(stream)].tell(found):
+                    if (run := runs.get(id(stream))) is not None and run.tell(found):
                         del runs[id(stream)]
         except BaseException as error:  # nobody may be left waiting
             with self._table:

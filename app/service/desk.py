@@ -33,7 +33,7 @@ class Desk:
         self.turnstile = Turnstile(
             limits.running, limits.waiting, limits.each, limits.cache_bytes or None, held, relieve
         )
-        self._closed = threading.Event()
+        self._closed, self._active = threading.Event(), set[object]()
 
     @contextlib.contextmanager
     def request(self, kind: str) -> Iterator[None]:
@@ -45,7 +45,12 @@ class Desk:
         with self.metrics.request(kind):
             if self._closed.is_set():
                 raise UserError("The app is shutting down: answers under way are finished, new ones are not begun.")
-            yield
+            mark = object()
+            self._active.add(mark)
+            try:
+                yield
+            finally:
+                self._active.discard(mark)
 
     @contextlib.contextmanager
     def place(self, user: str = "", need: int = 0) -> Iterator[Iterator[Update]]:
@@ -74,6 +79,6 @@ class Desk:
         """Begin nothing new, and wait for what is under way; whether all came to its end."""
         self._closed.set()
         until = time.monotonic() + patience
-        while any(self.turnstile.count()) and time.monotonic() < until:
+        while self._active and time.monotonic() < until:
             time.sleep(0.05)
-        return not any(self.turnstile.count())
+        return not self._active

@@ -19,7 +19,7 @@ from app.service import measuring
 from app.service.chats import Chats, Conversation, answer
 from app.service.conversions import Conversions, Plan, Progress
 from app.service.desk import Desk
-from app.service.jobs import Finished, Report, in_background
+from app.service.jobs import Finished, Mailbox, Report, in_thread, one_by_one
 from app.service.library import DTYPES, Library, Loaded, Options, parse
 from app.service.metrics import Metrics
 from app.service.paths import check_folder_within, check_text_within, real
@@ -184,10 +184,11 @@ class Service:
 
     def chat(
         self, session: str, models: tuple[str, str], p: float, request: Request, blind: bool = False,
-        turns: int | None = None,
+        turns: int | None = None, user: str = "",
     ) -> Iterator[Update]:
         """Both models answer ``request.prompt``: the left one at p = 0, the right one at p, or the other way round
-        if ``blind`` says so by lot. ``turns``: first take back all turns but so many.
+        if ``blind`` says so by lot. ``turns``: first take back all turns but so many; ``user``: whose request it is, if
+        not the session's.
 
         Raises:
             UserError: an empty message, a model that can't be loaded, a full context or queue.
@@ -203,8 +204,9 @@ class Service:
                 sides, dials = (routed, dense), (dial, Dial(0.0))
             kept.enter_context(conversation.alone(_PATIENCE))
             kept.enter_context(self._dial(f"{session}/chat", dial))
-            need = conversation.need(sides, message, min(request.max_new_tokens, self.limits.new_tokens))
-            yield from kept.enter_context(self.desk.place(session, need))
+            need = conversation.need(sides, message, min(request.max_new_tokens, self.limits.new_tokens), turns)
+            yield from kept.enter_context(self.desk.place(user or session, need))
+            kept.enter_context(conversation.counted())
             if turns is not None:
                 conversation.cut(turns)
             for tape in answer(conversation, sides, message, dials, request, self.limits):
@@ -258,37 +260,42 @@ class Service:
     # Measuring
 
     def sweep(
-        self, model: str, parent: str | None, text: str, grid: Sequence[float], within: float
+        self, model: str, parent: str | None, text: str, grid: Sequence[float], within: float, user: str = ""
     ) -> Iterator[Update]:
         """A text over a grid of p: the sweep so far, again and again; the last is whole."""
         yield from self._measured(
-            "sweep", model, parent,
+            "sweep", user, model, parent,
             lambda loaded, dense, report: measuring.sweep_text(loaded, dense, text, grid, within, self.limits, report),
         )
 
     def bench(
         self, model: str, parent: str | None, contexts: Sequence[int], loads: Sequence[float], new_tokens: int,
-        rounds: int, stock: bool,
+        rounds: int, stock: bool, user: str = "",
     ) -> Iterator[Update]:
         """Time a model against its dense parent: sentences, then the results."""
         yield from self._measured(
-            "bench", model, parent,
+            "bench", user, model, parent,
             lambda loaded, dense, report: measuring.bench_model(
                 loaded, dense, contexts, loads, new_tokens, rounds, stock, report
             ),
         )
 
     def _measured(
-        self, kind: str, model: str, parent: str | None, work: Callable[[Loaded, Loaded | None, Report], Any]
+        self, kind: str, user: str, model: str, parent: str | None,
+        work: Callable[[Loaded, Loaded | None, Report], Any],
     ) -> Iterator[Update]:
-        """What work on a model and its dense parent, if there is one, reports, and its result."""
+        """What work on a model and its dense parent, if there is one, reports, and its result.
+
+        Whoever leaves gives the place back only when the work has noticed, at its next report.
+        """
         with self.desk.request(kind), contextlib.ExitStack() as kept:
             yield from self._both(model, parent)
-            yield from kept.enter_context(self.desk.place())
+            yield from kept.enter_context(self.desk.place(user))
             loaded = kept.enter_context(self.library.lend(model))
             dense = kept.enter_context(self.library.lend(parent)) if parent else None
-            reports = in_background(lambda report: work(loaded, dense, report))
-            for found in kept.enter_context(contextlib.closing(reports)):
+            box = in_thread(lambda report: work(loaded, dense, report))
+            kept.push(_once_ended(box, kept.pop_all()))
+            for found in kept.enter_context(contextlib.closing(one_by_one(box))):
                 if found is not None:
                     yield Update(result=found.value if isinstance(found, Finished) else found)
 
@@ -382,6 +389,21 @@ class Service:
     def _both(self, model: str, parent: str | None) -> Iterator[Update]:
         for name in filter(None, (model, parent)):
             yield from self._load(name)
+
+
+def _once_ended(box: Mailbox, held: contextlib.ExitStack) -> Callable[..., None]:
+    """An exit that gives back what is held, now or when the work behind a mailbox has come to its end."""
+    def wait() -> None:
+        box.ended.wait()
+        held.close()
+
+    def leave(*error: Any) -> None:
+        if box.ended.is_set():
+            held.close()
+        else:
+            threading.Thread(target=wait, daemon=True).start()
+
+    return leave
 
 
 def _with_memory(limits: Limits) -> Limits:

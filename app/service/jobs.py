@@ -78,7 +78,7 @@ def batches(source: Mailbox | Callable[[Report], Any], frame: float) -> Iterator
     The first batch comes at once; an empty one now and then while nothing is reported. Closing the iterator cancels
     the work at its next report. An error of the work is raised here, after its reports.
     """
-    box = source if isinstance(source, Mailbox) else _in_thread(source)
+    box = source if isinstance(source, Mailbox) else in_thread(source)
     try:
         while True:
             began = time.monotonic()
@@ -98,7 +98,12 @@ def batches(source: Mailbox | Callable[[Report], Any], frame: float) -> Iterator
 
 def in_background(work: Callable[[Report], Any]) -> Iterator[Any]:
     """What ``work(report)`` reports, one by one, None while it reports nothing, and Finished at its end."""
-    for batch in batches(work, _LEAST):
+    yield from one_by_one(in_thread(work))
+
+
+def one_by_one(box: Mailbox) -> Iterator[Any]:
+    """What comes into a mailbox, one by one, None while nothing does."""
+    for batch in batches(box, _LEAST):
         yield from batch or [None]
 
 
@@ -107,7 +112,8 @@ class _Failed:
     error: BaseException
 
 
-def _in_thread(work: Callable[[Report], Any]) -> Mailbox:
+def in_thread(work: Callable[[Report], Any]) -> Mailbox:
+    """Where what ``work(report)`` reports from a thread of its own comes in."""
     box = Mailbox()
 
     def report(value: Any) -> None:

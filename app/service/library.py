@@ -151,6 +151,8 @@ class Library:
     def __init__(self, listed: dict[str, Path | str], limits: Limits, zero: Zero | None = None) -> None:
         self.listed, self.limits, self.zero = dict(listed), limits, zero
         self._models: dict[str, Loaded] = {}
+        if zero is not None:
+            zero.models = self._models
         self._loading: dict[str, _Job] = {}
         self._table = threading.Lock()
         self._turn = threading.Lock()  # one load at a time
@@ -200,9 +202,11 @@ class Library:
             job = self._loading.get(key)
             if job is None:
                 job = _Job()
+                job.readers = 1  # before it looks
                 threading.Thread(target=self._work, args=(key, job), daemon=True).start()  # may fail
                 self._loading[key] = job
-            job.readers += 1
+            else:
+                job.readers += 1
         try:
             while not job.done.wait(_BEAT):
                 yield Loading(time.monotonic() - job.began, job.here, job.total)
@@ -218,6 +222,8 @@ class Library:
         if not key:
             raise UserError("Choose a model, or type the path of a model folder.")
         source, options = parse(key)
+        if parse(options.label(source)) != (source, options):
+            raise UserError(f"{key[:80]} is no name of a model: give brackets once, at the end.")
         if options.device == "cuda" and not torch.cuda.is_available():
             raise UserError("There is no CUDA device on this machine: choose cpu, or best.")
         if source not in self.listed and not self.limits.free_models:
@@ -323,9 +329,7 @@ class Library:
             trained, model = isinstance(found, MoDModel), as_mod(found)
             executor_of(model)  # compiled and checked now, not in the first run
             loaded = Loaded(options.label(source), model, tokenizer, ModelShape.of(model), trained, shown)
-            if self.zero is not None:
-                self.zero.knows(loaded)
-                loaded.zero = self.zero
+            loaded.zero = self.zero
             return loaded
         except ValueError as error:  # LoadError and ConversionError are sentences too
             raise UserError(str(error).replace(f"{Path(shown)}", source)) from error

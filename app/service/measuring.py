@@ -21,6 +21,7 @@ from modification.measure.tradeoff import Point, largest_within, point
 
 LEAST_TOKENS, BLOCK = 32, 512
 _CARD = 50_000  # characters of a model card that are shown
+_REPORT = 5_000_000  # characters of a report that are read
 _CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 
 
@@ -59,6 +60,7 @@ def sweep_text(
         raise UserError(f"{len(grid)} thresholds are too many: at most {limits.thresholds} are measured at once.")
     if not grid or not all(0 <= p <= 1 for p in grid):
         raise UserError(f"The grid {list(grid)} has to be one or more numbers from 0 to 1.")
+    report(None)  # whoever left while this waited is noticed here
     name = f"{parent.name} (dense)" if parent else f"{loaded.name} at p = 0"
     with (parent or loaded).lock:
         reference = point((parent or loaded).model, _blocks(parent, text, limits) if parent else blocks, 0.0)
@@ -157,17 +159,26 @@ def report_of(folder: str) -> dict[str, Any]:
     """A converted model's report.json, or nothing."""
     path = Path(folder) / "report.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError):
+        found = json.loads(_beginning(path, _REPORT)) if path.is_file() else {}
+        rows = found.get("sweep", [])
+        if not all(0 <= row[name] <= 1e6 for row in rows for name in ("p", "load", "loss")):
+            return {}
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return dict(found)
+
+
+def _beginning(path: Path, most: int) -> str:
+    """The first characters of a text file."""
+    with path.open(encoding="utf-8") as file:
+        return file.read(most)
 
 
 def card_of(folder: str) -> str:
     """A model folder's card without its front matter."""
     path = Path(folder) / "README.md"
     try:
-        text = path.read_text(encoding="utf-8")[:_CARD] if path.is_file() else ""
+        text = _beginning(path, _CARD) if path.is_file() else ""
     except (OSError, UnicodeDecodeError):
         text = ""
     text = text.split("---\n", 2)[-1].strip() if text.startswith("---\n") else text

@@ -54,7 +54,10 @@ def prepare(loaded: Loaded, prompt: str, request: Request, limits: Limits) -> Pr
     Raises:
         UserError: a setting out of bounds, or a prompt that fills the context.
     """
-    ids = encode_prompt(loaded.tokenizer, prompt, request.chat)
+    try:
+        ids = encode_prompt(loaded.tokenizer, prompt, request.chat)
+    except ValueError as error:
+        raise UserError(f"{error}. Switch the chat message off.") from error
     budget, room = budget_of(loaded, len(ids), request.max_new_tokens, limits)
     check_shifts(loaded, request.shifts)
     return Prepared(loaded, ids, budget, room)

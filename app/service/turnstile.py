@@ -59,7 +59,7 @@ class Turnstile:
                     f"You have {mine} requests here already, running or waiting; at most {self._each} at a time. Wait "
                     "for one to end, or stop it."
                 )
-            if len(self._inside) >= self._size and len(self._line) >= self._waiting:
+            if len(self._line) >= self._waiting + self._open_places():
                 raise UserError(f"The queue is full ({self._waiting} waiting). Please try again in a minute.")
             self._line.append(ticket)
             self._asks[ticket] = _Ask(user, need)
@@ -92,6 +92,12 @@ class Turnstile:
         """Bytes that those inside may need."""
         with self._changed:
             return sum(ask.need for ask in self._inside.values())
+
+    def _open_places(self) -> int:
+        """Places that those in line are about to take; none while memory keeps the first of them waiting."""
+        if self._line and not self._fits(self._asks[self._line[0]].need):
+            return 0
+        return max(0, self._size - len(self._inside))
 
     def _may_enter(self, ticket: object) -> bool:
         return len(self._inside) < self._size and self._line[0] is ticket and self._fits(self._asks[ticket].need)

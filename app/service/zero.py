@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from app.errors import UserError
 from app.service.jobs import Mailbox
 from app.service.requests import Dial, Request
 from modification import Step
@@ -77,12 +78,8 @@ class Zero:
         self._rows = np.frombuffer(memory, np.float64).reshape(_SLOTS, _WIDTH)
         self._free = list(range(_SLOTS))
         self._table = threading.Lock()
-        self._models: dict[str, Loaded] = {}
+        self.models: dict[str, Loaded] = {}  # the library's own: a fork has those that were loaded before it
         self._forked = decorate(self._decode)
-
-    def knows(self, loaded: Loaded) -> None:
-        """Have a model in the forks that are made from now on."""
-        self._models[loaded.name] = loaded
 
     def run(self, loaded: Loaded, ids: list[int], dial: Dial, budget: int, request: Request) -> Mailbox:
         """Like ``Crew.run``: where steps and their seconds come in. ``dial`` moves what the fork reads."""
@@ -92,7 +89,9 @@ class Zero:
 
     def _go(self, box: Mailbox, name: str, ids: list[int], dial: Dial, budget: int, request: Request) -> None:
         with self._table:
-            slot = self._free.pop()
+            slot = self._free.pop() if self._free else None
+        if slot is None:
+            return box.fail(UserError(f"{_SLOTS} runs are at work. Please try again in a minute."))
         try:
             shared = SharedDial(self._rows[slot], dial.p, dial.shifts)
             for found in self._forked(name, ids, slot, len(dial.shifts), budget, request):
@@ -115,7 +114,7 @@ class Zero:
         row = self._rows[slot]
         if not torch.cuda.is_available():
             torch.set_num_threads(1)  # threads don't live on in a fork
-        model = self._models[name].model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = self.models[name].model.to("cuda" if torch.cuda.is_available() else "cpu")
 
         def p() -> float | tuple[float, ...]:
             around = row[2 : 2 + shifts]

@@ -89,13 +89,14 @@ class Benchmark:
 def _bench(service: Service) -> Any:
     @guarded(lambda line: (line, gr.skip(), gr.skip(), gr.skip()))
     def bench(
-        model: str | None, contexts: str, loads: str, new_tokens: float, rounds: float, stock: bool
+        model: str | None, contexts: str, loads: str, new_tokens: float, rounds: float, stock: bool, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         name = model or ""
         yield status("Starting …", busy=True), gr.skip(), gr.skip(), gr.skip()
         updates = service.bench(
             name, service.parent_of(name), numbers(contexts, int, "Contexts"),
             numbers(loads, float, "Loads"), int(new_tokens or 0), int(rounds or 0), stock,
+            str(request.session_hash),
         )
         with contextlib.closing(updates):
             for update in updates:

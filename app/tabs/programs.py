@@ -25,10 +25,9 @@ def _default(service: Service, model: str) -> str:
 
 
 def _user(request: gr.Request | None) -> str:
-    """Whose request it is: the session of a client, or the address that it comes from."""
-    session = getattr(request, "session_hash", None)
+    """Whose request it is: the address that it comes from. A program's session is a new one with every call."""
     host = getattr(getattr(request, "client", None), "host", None)
-    return f"api-{session or host or secrets.token_hex(8)}"
+    return f"api-{host or secrets.token_hex(8)}"
 
 
 def _generate(service: Service) -> Any:
@@ -62,7 +61,7 @@ def _generate(service: Service) -> Any:
 def _chat(service: Service) -> Any:
     def chat(
         messages: list[str], p: float = 0.5, model: str = "", max_new_tokens: int = 200, temperature: float = 0.0,
-        seed: int = 0,
+        seed: int = 0, request: gr.Request = None,  # type: ignore[assignment]
     ) -> dict:  # type: ignore[type-arg]
         """Ask the dense parent and the MoD model the same messages, side by side.
 
@@ -86,7 +85,7 @@ def _chat(service: Service) -> Any:
                 pair = (dense_side(service, name, None), name)
                 for message in messages:
                     wanted = Request(message, name, max_new_tokens, temperature, seed=seed)
-                    for _ in service.chat(session, pair, p, wanted):
+                    for _ in service.chat(session, pair, p, wanted, user=_user(request)):
                         pass
                 return {"sides": ["dense", "mod"], "turns": service.chat_record(session)}
         finally:
@@ -96,7 +95,10 @@ def _chat(service: Service) -> Any:
 
 
 def _sweep(service: Service) -> Any:
-    def sweep(text: str, thresholds: list[float] | None = None, model: str = "", within: float = 0.02) -> dict:  # type: ignore[type-arg]
+    def sweep(
+        text: str, thresholds: list[float] | None = None, model: str = "", within: float = 0.02,
+        request: gr.Request = None,  # type: ignore[assignment]
+    ) -> dict:  # type: ignore[type-arg]
         """Measure a text over thresholds: what skipping costs in loss, and what it saves.
 
         Args:
@@ -112,7 +114,7 @@ def _sweep(service: Service) -> Any:
         name, grid = _default(service, model), thresholds or [round(0.1 * at, 1) for at in range(11)]
         found = None
         with sentences("an endpoint"):
-            for update in service.sweep(name, service.parent_of(name), text, grid, within):
+            for update in service.sweep(name, service.parent_of(name), text, grid, within, _user(request)):
                 found = update.result if update.result is not None else found
         return {} if found is None else {
             "dense_loss": found.dense, "dense": found.parent, "tokens": found.tokens,

@@ -86,13 +86,15 @@ def _sweep(service: Service) -> Any:
         return line, *(gr.skip(),) * 6
 
     @guarded(failed)
-    def sweep(text: str, grid: str, within: float | None, model: str | None) -> Iterator[tuple[Any, ...]]:
+    def sweep(
+        text: str, grid: str, within: float | None, model: str | None, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
         text, name = service.limits.check_prompt(text), model or ""
         points = sorted(set(numbers(grid, float, "Thresholds p")))
         yield status("Starting …", busy=True), gr.skip(), gr.skip(), "", None, gr.update(visible=False), gr.skip()
         found = None
         share = number(within or 0.0, "Within", 0, 1000) / 100
-        updates = service.sweep(name, service.parent_of(name), text, points, share)
+        updates = service.sweep(name, service.parent_of(name), text, points, share, str(request.session_hash))
         with contextlib.closing(updates):
             for update in updates:
                 if (line := waiting(update, name)) is not None:
