@@ -16,8 +16,8 @@ otherwise it steps over it, unchanged:
 
 $$ g = \sigma(W x + b) \qquad\qquad y = \begin{cases} \mathrm{layer}(x) & g \ge p \\ x & g < p \end{cases} $$
 
-A conversion ends by bending the scores once, the same way in every layer, so that the dial reads true. The shipped
-model is older than that: its load is within 0.07 of 1 - p.
+A conversion ends by bending the scores once, the same way in every layer, so that the dial reads true: load is about
+1 - p on text of the training kind.
 
 A skipped token costs no compute in that layer, and leaves no **keys and values** there. Those are what a model keeps
 of every earlier token to look back at (the **KV cache**); in long texts they fill the memory and slow every new token
