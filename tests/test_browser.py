@@ -45,7 +45,7 @@ def test_a_prompt_streams_and_the_figures_follow(page):
     assert re.fullmatch(r"\d+\.\d tok/s", figure(page, "speed"))
     assert re.fullmatch(r"[\d.]+ [KM]?B", figure(page, "kv"))
     assert re.fullmatch(r"\d+%", figure(page, "saved"))
-    assert "Streaming" in status(page)
+    assert re.match("Streaming|Finished|Reached", status(page)), "a short text may be through already"
     page.click("#stop")
 
 
