@@ -163,7 +163,7 @@ def test_a_sweep_fills_table_plot_and_sentence():
     best = point(0.3, 2.01)
     service = FakeService(sweep=closing([Update(result=swept(point(0, 2.0))),
                                          Update(result=swept(point(0, 2.0), best, best=best))]))
-    shown = list(sweep._sweep(service)("text", "0.3, 0", 2, "m"))
+    shown = list(sweep._sweep(service)("text", "0.3, 0", 2, "m", SOMEONE))
     assert service.asked[0][1][3] == [0.0, 0.3], "in order"
     assert shown[-2][2].count("<tr>") == 3
     assert "**p = 0.3**" in shown[-1][3]
