@@ -119,7 +119,10 @@ async def crowd(url: str, users: int, requests: int, tokens: int, memory: Any) -
                 await client.get("/")
                 config = (await client.get("/config")).json()
                 how = {3: "move", 5: "stop", 7: "leave"}.get(at % 10, "stay")
-                outcome, first, _ = await Page(client, config).generate(PROMPT.format(at), tokens, how)
+                page = Page(client, config)
+                # As long as a page is open it listens here; the app forgets its session when it stops.
+                async with client.stream("GET", f"/gradio_api/heartbeat/{page.session}"):
+                    outcome, first, _ = await page.generate(PROMPT.format(at), tokens, how)
                 outcomes[outcome] += 1
                 waits.extend([first] if first else [])
                 if sum(outcomes.values()) in (50, requests):

@@ -3,8 +3,9 @@
 from modification.architectures import ConversionError
 from modification.cache import RaggedCache
 from modification.config import MoDConfig
+from modification.errors import LoadError
 from modification.generate import generate, generate_batch
-from modification.loading import LoadError, load
+from modification.loading import load
 from modification.model import MoDModel, convert, register, restore
 from modification.trace import RoutingTrace, Step
 

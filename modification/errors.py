@@ -1,4 +1,4 @@
-"""What libraries raise, made readable."""
+"""A model that can't be loaded, and what libraries raise, made readable."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import torch
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "could not create a memory",
               "can't start new thread")
+
+
+class LoadError(ValueError):
+    """A model can't be loaded; the message is a sentence for the user."""
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -18,12 +18,14 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
+from modification.errors import LoadError
+
 READ = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "README.md")
 
 Progress = Callable[[int, int], None]
 
 
-class HubError(ValueError):
+class HubError(LoadError):
     """A model can't be had from the Hub; the message is a sentence for the user."""
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from modification.errors import LoadError
 from modification.routing import is_router
 
 INDEX = "model.safetensors.index.json"
@@ -34,7 +35,7 @@ _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 log = logging.getLogger(__name__)
 
 
-class Damaged(ValueError):
+class Damaged(LoadError):
     """A file is not whole, or does not fit the others; the message says which and how."""
 
 
@@ -45,7 +46,6 @@ def check_files(folder: Path, config: dict[str, Any]) -> None:
         Damaged: with a sentence for the user.
     """
     tensors = 0
-    check_sizes(folder)
     for path in sorted(folder.glob("*.safetensors")):
         tensors += len(header_of(path))
     if not tensors:
@@ -63,8 +63,12 @@ def check_sizes(folder: Path) -> None:
     """
     for path in (path for pattern in _READ_WHOLE for path in folder.glob(pattern)):
         most = _CONFIG_BYTES if path.name in _CONFIGS else _JSON_BYTES
-        if path.stat().st_size > most:
-            raise Damaged(f"{path} has {path.stat().st_size:,} bytes, more than any model's: at most {most:,} are read")
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise Damaged(f"{path} can't be read: {error.strerror}") from error
+        if size > most:
+            raise Damaged(f"{path} has {size:,} bytes, more than any model's: at most {most:,} are read")
 
 
 def header_of(path: Path) -> dict[str, Any]:

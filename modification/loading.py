@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +15,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from modification.architectures import FAMILIES, PREFIX, structured
 from modification.config import MoDConfig
-from modification.errors import first_line, out_of_memory
-from modification.hub import HubError, Progress, fetch
-from modification.integrity import Damaged, check_files, check_fit, check_loaded, check_sizes
+from modification.errors import LoadError, first_line, out_of_memory
+from modification.hub import Progress, fetch
+from modification.integrity import check_files, check_fit, check_loaded, check_sizes
 from modification.model import MoDModel, convert, register_family
 
 ADAPTER = "adapter"  # folder within a model's that holds a low-rank change of its weights
 Quantization = Literal["4bit", "8bit"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _LOCAL_PREFIXES = (".", "/", "~")
-
-
-class LoadError(ValueError):
-    """A model can't be loaded; the message is a sentence for the user."""
 
 
 def load(
@@ -82,21 +80,13 @@ def load_dense_or_mod(
     if quantization is not None:
         weights["quantization_config"] = _quantization(quantization)
         weights["dtype"] = dtype or torch.bfloat16  # what is not quantised; fp16 crawls on CPUs
-    try:
+    with _sentence(f"{path_or_hub_id}: config.json does not describe a model"):
         _know_family(source)
         config = AutoConfig.from_pretrained(source, **options)
-    except Exception as error:  # whatever a damaged or hostile folder makes the readers raise
-        raise LoadError(f"{path_or_hub_id}: config.json does not describe a model ({first_line(error)})") from error
-    try:
+    with _sentence(f"{path_or_hub_id}: its tokenizer can't be read"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:
-        raise LoadError(f"{path_or_hub_id}: its tokenizer can't be read ({first_line(error)})") from error
-    try:
+    with _sentence(f"{path_or_hub_id}: config.json does not describe a model"):
         check_fit(Path(source), config)
-    except Damaged as error:
-        raise LoadError(str(error)) from error
-    except Exception as error:
-        raise LoadError(f"{path_or_hub_id}: config.json does not describe a model ({first_line(error)})") from error
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source, config=config, **options, **weights, output_loading_info=True, ignore_mismatched_sizes=True
@@ -107,14 +97,22 @@ def load_dense_or_mod(
         raise LoadError(f"{path_or_hub_id} could not be loaded: {first_line(error)}") from error
     _check_keys(str(path_or_hub_id), info)
     _put_on_adapter(model, source)
-    try:
-        check_loaded(str(path_or_hub_id), model, tokenizer)
-    except Damaged as error:
-        raise LoadError(str(error)) from error
+    check_loaded(str(path_or_hub_id), model, tokenizer)
     model.eval()
     if quantization is not None:
         _try_quantized(model, quantization)
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _sentence(what: str) -> Iterator[None]:
+    """Whatever a damaged or hostile folder makes the readers raise becomes a LoadError that says so."""
+    try:
+        yield
+    except LoadError:
+        raise
+    except Exception as error:
+        raise LoadError(f"{what} ({first_line(error)})") from error
 
 
 def _check_keys(source: str, info: dict[str, Any]) -> None:
@@ -140,10 +138,7 @@ def on_disk(path_or_hub_id: str | Path, revision: str | None = None, progress: P
     """
     source = resolve(path_or_hub_id)
     if not Path(source).is_dir():
-        try:
-            source = fetch(source, revision, progress)
-        except HubError as error:
-            raise LoadError(str(error)) from error
+        source = fetch(source, revision, progress)
         check_folder(Path(source))
     return source
 
@@ -219,11 +214,9 @@ def check_folder(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise LoadError(f"{folder} is not a model folder: it has no config.json")
+    check_sizes(folder)
     try:
-        check_sizes(folder)
         config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except Damaged as error:
-        raise LoadError(str(error)) from error
     except (ValueError, OSError, RecursionError) as error:
         raise LoadError(f"{path} is not valid JSON: {first_line(error)}") from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
@@ -234,10 +227,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise LoadError(f"model type {model_type!r} in {folder} is no causal language model of this transformers")
     if not any(folder.glob("*.safetensors")):
         raise LoadError(f"{folder} holds no .safetensors weights; other formats are not read")
-    try:
-        check_files(folder, config)
-    except Damaged as error:
-        raise LoadError(str(error)) from error
+    check_files(folder, config)
     if model_type.startswith(PREFIX):
         try:
             MoDConfig.from_dict(config.get("mod"))

@@ -1,5 +1,7 @@
 """Tiny random models on disk for tests of the app: a byte tokenizer, scattered routers, a context of 128 or more."""
 
+import json
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -41,3 +43,8 @@ def talker(path, chat=False, context=128, dense=False):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def columns(tape):
+    """All tokens of a run's tape, with their scores and decisions."""
+    return [record for record in map(json.loads, tape.splitlines()) if record[0] == "c"]

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from talkers import talker
+from talkers import columns, talker
 
 from app.errors import UserError
 from app.service import Limits, Request, Service
@@ -36,11 +36,6 @@ def request(user: int, **changes) -> Request:
 
 def threshold(user: int) -> float:
     return random.Random(user + 1000).choice([0.0, 0.3, 0.5, 0.8, 1.0])
-
-
-def columns(tape: str) -> list[list]:
-    """All tokens of a tape, with their scores and decisions."""
-    return [record for record in map(json.loads, tape.splitlines()) if record[0] == "c"]
 
 
 def whole(service: Service, user: int, told: list[int] | None = None) -> list[list]:
@@ -196,7 +191,7 @@ def resident() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
 def test_memory_is_flat_after_500_requests(folder):
-    """Within 5% of what it was after 50; runs, chats and sweeps that were left and that were not."""
+    """Within 5% of what it was after 50; runs that were left and that were not, and chats."""
     service = Service({"tiny": folder}, limits=Limits(running=8, waiting=200, frame=0.0, chats=4))
 
     def go(user):

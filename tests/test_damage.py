@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from modification import generate, load
-from modification.loading import LoadError
+from modification.errors import LoadError
 
 SECONDS = 20  # for one folder
 

@@ -17,7 +17,7 @@ import sys, logging, urllib.request, os
 logging.basicConfig(level=logging.DEBUG)
 sys.path.insert(0, sys.argv[1])
 from modification import load
-from modification.loading import LoadError
+from modification.errors import LoadError
 import modification.hub as hub
 def mode(name):
     urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/_mode/{name}").read()

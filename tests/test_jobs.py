@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from app.service.jobs import Cancelled, Finished, in_background
+from app.service.jobs import Cancelled, Finished, in_thread, one_by_one
 
 
 def test_reports_come_in_order_and_the_result_last():
@@ -15,7 +15,7 @@ def test_reports_come_in_order_and_the_result_last():
             report(at)
         return "done"
 
-    assert [one for one in in_background(work) if one is not None] == [0, 1, 2, 3, 4, Finished("done")]
+    assert [one for one in one_by_one(in_thread(work)) if one is not None] == [0, 1, 2, 3, 4, Finished("done")]
 
 
 def test_an_error_of_the_work_is_raised_to_the_reader():
@@ -23,7 +23,7 @@ def test_an_error_of_the_work_is_raised_to_the_reader():
         report("first")
         raise ValueError("no good")
 
-    run = in_background(work)
+    run = one_by_one(in_thread(work))
     assert next(run) == "first"
     with pytest.raises(ValueError, match="no good"):
         list(run)
@@ -41,6 +41,6 @@ def test_work_that_nobody_reads_ends_at_its_next_report():
             ended.set()
             raise
 
-    with contextlib.closing(in_background(work)) as run:
+    with contextlib.closing(one_by_one(in_thread(work))) as run:
         next(run)
     assert ended.wait(10)

@@ -1,4 +1,4 @@
-"""Two processes behind a proxy that keeps a visitor with one of them: chats go on where they were begun."""
+"""Two processes behind a proxy that keeps a visitor with one of them."""
 
 from __future__ import annotations
 

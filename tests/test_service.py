@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from talkers import byte_tokenizer, talker
+from talkers import byte_tokenizer, columns, talker
 
 import app.service as service_module
 from app.errors import UserError
@@ -31,10 +31,6 @@ def request(**changes):
 
 def tape_of(updates):
     return [update for update in updates if update.tape is not None][-1].tape
-
-
-def columns(tape):
-    return [record for record in map(json.loads, tape.splitlines()) if record[0] == "c"]
 
 
 def test_a_run_streams_prompt_and_every_new_token(service):

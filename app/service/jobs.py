@@ -96,13 +96,8 @@ def batches(source: Mailbox | Callable[[Report], Any], frame: float) -> Iterator
         box.close()
 
 
-def in_background(work: Callable[[Report], Any]) -> Iterator[Any]:
-    """What ``work(report)`` reports, one by one, None while it reports nothing, and Finished at its end."""
-    yield from one_by_one(in_thread(work))
-
-
 def one_by_one(box: Mailbox) -> Iterator[Any]:
-    """What comes into a mailbox, one by one, None while nothing does."""
+    """What comes into a mailbox, one by one, None while nothing does, and Finished at the end."""
     for batch in batches(box, _LEAST):
         yield from batch or [None]
 

@@ -282,8 +282,9 @@ class Library:
             with self._turn:
                 self._put(key, self._load(key, job))
         except Exception as error:
-            job.error = sentence_of(error) or f"{key} could not be loaded: {type(error).__name__}."
-            if sentence_of(error) is None:
+            sentence = sentence_of(error)
+            job.error = sentence or f"{key} could not be loaded: {type(error).__name__}."
+            if sentence is None:
                 raise
         finally:
             with self._table:
@@ -328,9 +329,9 @@ class Library:
             )
             trained, model = isinstance(found, MoDModel), as_mod(found)
             executor_of(model)  # compiled and checked now, not in the first run
-            loaded = Loaded(options.label(source), model, tokenizer, ModelShape.of(model), trained, shown)
-            loaded.zero = self.zero
-            return loaded
+            return Loaded(
+                options.label(source), model, tokenizer, ModelShape.of(model), trained, shown, zero=self.zero
+            )
         except ValueError as error:  # LoadError and ConversionError are sentences too
             raise UserError(str(error).replace(f"{Path(shown)}", source)) from error
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from app.errors import UserError
+
+ALTERNATIVES = 5  # likeliest tokens that are noted at every choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,10 @@ class Request:
         object.__setattr__(self, "chat", bool(self.chat))
         if not isinstance(self.model, str):
             raise UserError("Choose a model, or type the path of a model folder.")
+
+    def sampling(self) -> dict[str, Any]:
+        """How tokens are chosen, as the engine's ``generate`` takes it."""
+        return {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "seed": self.seed}
 
 
 _WORDS = {"max_new_tokens": "New tokens", "top_k": "Top-k", "temperature": "Temperature", "top_p": "Top-p"}

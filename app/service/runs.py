@@ -12,15 +12,13 @@ from app.errors import UserError
 from app.service.jobs import Finished, batches
 from app.service.library import Loaded, Loading
 from app.service.pieces import PieceReader
-from app.service.requests import Dial, Limits, Request
+from app.service.requests import ALTERNATIVES, Dial, Limits, Request
 from app.service.turnstile import FairLock
 from app.tape import Tape
 from modification import RoutingTrace, Step
 from modification.generate import generate
 from modification.generate import prepare as prepare_stream
 from modification.loading import encode_prompt
-
-ALTERNATIVES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +96,8 @@ def _checked(
 ) -> Any:
     try:
         return call(
-            loaded.model, ids, p=p, max_new_tokens=budget, temperature=request.temperature, top_p=request.top_p,
-            top_k=request.top_k, seed=request.seed, alternatives=alternatives, cache=cache,
+            loaded.model, ids, p=p, max_new_tokens=budget, alternatives=alternatives, cache=cache,
+            **request.sampling(),
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -19,7 +19,7 @@ import torch
 
 from app.errors import UserError
 from app.service.jobs import Mailbox
-from app.service.requests import Dial, Request
+from app.service.requests import ALTERNATIVES, Dial, Request
 from modification import Step
 from modification.generate import generate
 
@@ -39,31 +39,6 @@ def gpu_decorator() -> Decorate | None:
 
     decorate: Decorate = spaces.GPU(duration=SECONDS)
     return decorate
-
-
-class SharedDial(Dial):
-    """A threshold that forks read as it is now."""
-
-    def __init__(self, row: Any, p: float, shifts: tuple[float, ...]) -> None:
-        self.row, self.count = row, len(shifts)
-        row[1] = 0.0
-        super().__init__(p, shifts)
-
-    @property
-    def p(self) -> float:  # type: ignore[override]
-        return float(self.row[0])
-
-    @p.setter
-    def p(self, value: float) -> None:
-        self.row[0] = value
-
-    @property
-    def shifts(self) -> tuple[float, ...]:  # type: ignore[override]
-        return tuple(self.row[2 : 2 + self.count].tolist())
-
-    @shifts.setter
-    def shifts(self, values: tuple[float, ...]) -> None:
-        self.row[2 : 2 + self.count] = values[: self.count]
 
 
 class Zero:
@@ -93,12 +68,14 @@ class Zero:
         if slot is None:
             return box.fail(UserError(f"{_SLOTS} runs are at work. Please try again in a minute."))
         try:
-            shared = SharedDial(self._rows[slot], dial.p, dial.shifts)
-            for found in self._forked(name, ids, slot, len(dial.shifts), budget, request):
-                shared.p, shared.shifts = dial.p, dial.shifts
+            row, shifts = self._rows[slot], len(dial.shifts)
+            row[:2] = dial.p, 0.0
+            row[2 : 2 + shifts] = dial.shifts
+            for found in self._forked(name, ids, slot, shifts, budget, request):
+                row[0], row[2 : 2 + shifts] = dial.p, dial.shifts
                 if box.given_up.is_set():
-                    self._rows[slot, 1] = 1.0
-                elif found is not None:
+                    row[1] = 1.0
+                else:
                     box.put(found)
             box.finish()
         except BaseException as error:  # whoever reads must hear of it
@@ -117,13 +94,11 @@ class Zero:
         model = self.models[name].model.to("cuda" if torch.cuda.is_available() else "cpu")
 
         def p() -> float | tuple[float, ...]:
-            around = row[2 : 2 + shifts]
-            return tuple(np.clip(row[0] + around, 0, 1).tolist()) if around.any() else float(row[0])
+            return Dial(float(row[0]), tuple(row[2 : 2 + shifts].tolist()))()
 
         clock = time.perf_counter()
         for step in generate(
-            model, ids, p=p, max_new_tokens=budget, temperature=request.temperature, top_p=request.top_p,
-            top_k=request.top_k, seed=request.seed, alternatives=5,
+            model, ids, p=p, max_new_tokens=budget, alternatives=ALTERNATIVES, **request.sampling()
         ):
             before, clock = clock, time.perf_counter()
             yield step, clock - before

@@ -10,7 +10,7 @@ import torch
 
 from modification.architectures import ConversionError
 from modification.cli import measuring, running, training
-from modification.loading import LoadError
+from modification.errors import LoadError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_safetensors_metadata
-from safetensors import safe_open
 
 from modification.errors import first_line
+from modification.integrity import header_of
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _CGROUP = Path("/sys/fs/cgroup")  # version 2, as in containers
@@ -95,10 +95,8 @@ def weight_bytes(source: str, dtype: torch.dtype | None = None, quantization: st
 
 def _local_headers(folder: Path) -> Iterator[tuple[str, tuple[str, list[int]]]]:
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dictionary)
-                part = file.get_slice(name)
-                yield name, (part.get_dtype(), part.get_shape())
+        for name, tensor in header_of(path).items():
+            yield name, (tensor["dtype"], tensor["shape"])
 
 
 def _hub_headers(repository: str) -> Iterator[tuple[str, tuple[str, list[int]]]]:
