@@ -41,6 +41,7 @@ class Stream:
     ) -> None:
         self.ids, self.cache, self.read_p, self.choose, self.ends = ids, cache, read_p, choose, ends
         self.left, self.keep = budget, keep
+        self.whole = True  # false while the cache is being written: one that was left half written is of no use
         self.logits: Tensor | None = None
         self.choice = Choice(-1, float("nan"))
 
@@ -51,6 +52,7 @@ class Stream:
     def prefill(self, executor: Executor) -> Iterator[Step | None]:
         """Run what the cache doesn't hold of the prompt: None after each chunk but the last, then the step."""
         start, p = time.perf_counter(), self.threshold()
+        self.whole = False
         fresh = self.ids[_reusable(self.cache, self.ids.tolist()) :]
         done = list[Pass]()
         for part in executor.chunks(fresh, self.cache, p):
@@ -58,7 +60,7 @@ class Stream:
             if sum(one.scores.shape[1] for one in done) < len(fresh):
                 yield None
         scores, routed = (np.concatenate([getattr(part, name) for part in done], 1) for name in ("scores", "routed"))
-        self.logits = done[-1].logits[0]
+        self.logits, self.whole = done[-1].logits[0], True
         yield self._step(fresh.cpu().numpy(), scores, routed, p, start, prefill=True)
 
     @property
@@ -75,7 +77,7 @@ class Stream:
 
     def accept(self, done: Pass, row: int, p: Threshold, start: float) -> Step:
         """Take this row's share of a decode step."""
-        self.logits, one = done.logits[row], slice(row, row + 1)
+        self.logits, one, self.whole = done.logits[row], slice(row, row + 1), True
         return self._step(np.array([self.choice.token]), done.scores[:, one], done.routed[:, one], p, start)
 
     def _step(
@@ -92,29 +94,23 @@ class Stream:
 
 def run(executor: Executor, streams: Sequence[Stream]) -> Iterator[tuple[int, Step]]:
     """Prompts row by row, then all rows that go on, one token each at a time: pairs of row and step."""
-    whole = True  # false while caches are being written: one that was left half written is of no use
     try:
         for row, stream in enumerate(streams):
-            stream.threshold()  # one that is out of bounds is told before anything is written
-            whole = False
             *_, step = stream.prefill(executor)
-            whole = True
             assert step is not None
             yield row, step
         while going := [(row, stream) for row, stream in enumerate(streams) if not stream.ended]:
             start = time.perf_counter()
             for _, stream in going:
                 stream.pick()
-            whole = False
             steps = _decode(executor, [stream for _, stream in going], start)
-            whole = True
             for (row, stream), step in zip(going, steps, strict=True):
                 if stream.ended and not stream.keep:
                     stream.cache.reset()
                 yield row, step
     finally:
         for stream in streams:
-            if not (stream.keep and whole):
+            if not (stream.keep and stream.whole):
                 stream.cache.reset()
 
 
@@ -139,10 +135,9 @@ class Batch:
 
     def leave(self, stream: Stream) -> None:
         """Take a stream out and free its cache, unless it is kept."""
-        under_way = self._waiting and self._waiting[0][0] is stream
         self._waiting = deque(pair for pair in self._waiting if pair[0] is not stream)
         self._going = [one for one in self._going if one is not stream]
-        if not stream.keep or under_way:
+        if not (stream.keep and stream.whole):
             stream.cache.reset()
 
     def step(self) -> list[tuple[Stream, Step | Exception]]:
@@ -210,6 +205,8 @@ class Batch:
 def _decode(executor: Executor, streams: Sequence[Stream], start: float) -> list[Step]:
     """The tokens that the streams have picked, through the model together."""
     thresholds = [stream.threshold() for stream in streams]
+    for stream in streams:
+        stream.whole = False
     done = executor.decode([stream.choice.token for stream in streams], [one.cache for one in streams], thresholds)
     return [stream.accept(done, at, thresholds[at], start) for at, stream in enumerate(streams)]
 
