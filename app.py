@@ -21,6 +21,7 @@ from app.web import Guard, Quiet, Traffic
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DRAIN = 3.0  # seconds in which the last of them are sent
+PAGES = 500  # open ones, and programs' calls, whose settings Gradio keeps (0.4 MB each); then the oldest go
 PATIENCE = 30.0  # seconds that answers under way may take once the app is told to end
 
 
@@ -148,7 +149,8 @@ def _serve(service: Service, arguments: argparse.Namespace) -> None:
     demo, traffic = ui.build(service, ASSETS), Traffic()
     demo.launch(
         server_name=arguments.host, server_port=arguments.port, css=css(), theme=_theme(), footer_links=["api"],
-        max_file_size=service.limits.file_bytes, mcp_server=arguments.mcp, prevent_thread_lock=True,
+        max_file_size=service.limits.file_bytes, state_session_capacity=PAGES, mcp_server=arguments.mcp,
+        prevent_thread_lock=True,
         max_threads=2 * (service.limits.running + service.limits.waiting) + 40,  # a program's call holds one all along
         app_kwargs={"middleware": [Middleware(Guard, service=service, traffic=traffic)]},
     )

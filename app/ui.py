@@ -62,9 +62,19 @@ def build(service: Service, sample: Path | None = None) -> gr.Blocks:
                       show_progress="hidden")
         demo.load(lambda: gr.update(choices=service.names()), None, model, api_visibility="private",
                   show_progress="hidden")  # models may have been converted since
-        demo.unload(_leave(service))
-    demo.queue(max_size=4 * (service.limits.running + service.limits.waiting), default_concurrency_limit=None)
+        demo.unload(_leave(service, demo))
+    _queue(demo, service)
     return demo
+
+
+def _queue(demo: gr.Blocks, service: Service) -> None:
+    """Gradio's queue lets all in: places are the service's affair.
+
+    It must not tell places whenever one moves up, either: its loop does that, and ends for good, for all users, when
+    somebody who waits there leaves at that moment. At an interval a task of its own does it.
+    """
+    most = 4 * (service.limits.running + service.limits.waiting)
+    demo.queue(max_size=most, default_concurrency_limit=None, status_update_rate=10.0)
 
 
 def _connect(
@@ -84,9 +94,14 @@ def _connect(
     convert.open.click(show, convert.done, [model, tabs], **private)
 
 
-def _leave(service: Service) -> Any:
+def _leave(service: Service, demo: gr.Blocks) -> Any:
+    """What is done once a page is closed: its runs end, and Gradio's copy of its components (0.4 MB) is let go."""
+
     def leave(request: gr.Request) -> None:
-        service.close(str(request.session_hash))
+        session = str(request.session_hash)
+        service.close(session)
+        demo.state_holder.session_data.pop(session, None)
+        demo.state_holder.time_last_used.pop(session, None)
 
     return leave
 

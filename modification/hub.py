@@ -1,26 +1,33 @@
 """Models on the Hub: fetched into the Hub's own cache, file by file, with progress, and only files that are read here.
 
-What is in the cache already is used when the Hub is away. A download that is broken off goes on where it stopped.
+What is in the cache already is used when the Hub is away. A download that is broken off goes on where it stopped. It
+runs in a process of its own (``fetching.py``), which ends with whoever waits for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from tqdm import tqdm
 
 from modification.errors import LoadError
 
 READ = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "README.md")
+
+_CHILD = Path(__file__).with_name("fetching.py")
 
 Progress = Callable[[int, int], None]
 
@@ -33,7 +40,8 @@ def fetch(repository: str, revision: str | None = None, progress: Progress | Non
     """The folder of a Hub model's files, downloaded if need be.
 
     Args:
-        progress: told how many bytes are here, and how many there will be; what it raises ends the download.
+        progress: told how many bytes are here, and how many there will be, twice a second or more often; what it raises
+            ends the download.
 
     Raises:
         HubError: no such model, no safetensors in it, or the Hub is away and nothing is in the cache.
@@ -73,36 +81,43 @@ def _kept(repository: str, revision: str | None, why: str) -> str:
 def _download(
     repository: str, revision: str | None, commit: str | None, files: dict[str, int], progress: Progress
 ) -> str:
-    total, done = sum(files.values()), 0
+    total, whole, place = sum(files.values()), 0, ""
     progress(0, total)
-    place = ""
     # The config first, by the revision's own name: the cache then knows which commit that is. Weights last.
-    for name in sorted(files, key=lambda name: (name != "config.json", name.endswith(".safetensors"), name)):
+    names = sorted(files, key=lambda name: (name != "config.json", name.endswith(".safetensors"), name))
+    asked = [(name, revision if name == "config.json" else commit or revision) for name in names]
+    at = 0
+    with contextlib.closing(_told(repository, asked)) as lines:
+        for told in lines:
+            if told["at"] < at:  # said late
+                continue
+            if "error" in told:
+                raise _broken_off(repository, names[at], told["error"])
+            if "place" in told:
+                whole, place, at = whole + files[names[at]], told["place"], at + 1
+            progress(whole + told.get("here", 0), total)
+    if at < len(names):
+        raise _broken_off(repository, names[at], "the process that fetched it ended")
+    return str(Path(place).parent.parent if "/" in names[-1] else Path(place).parent)
+
+
+def _told(repository: str, files: list[tuple[str, str | None]]) -> Generator[dict[str, Any], None, None]:
+    """What a process that fetches files says; it ends with whoever reads."""
+    # Plain HTTP: a transfer by Xet tells its progress otherwise, and does not go on where it stopped.
+    environment = {**os.environ, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-c", "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')", str(_CHILD)]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
         try:
-            which = revision if name == "config.json" else commit or revision
-            place = hf_hub_download(repository, name, revision=which, tqdm_class=_bar(progress, done, total))
-        except Exception as error:  # whatever the libraries make of a connection that broke
-            if isinstance(error, ValueError):  # what ``progress`` raised to end it
-                raise
-            raise HubError(
-                f"{name} of {repository} could not be fetched ({type(error).__name__}): try again, what is here is kept"
-            ) from error
-        done += files[name]
-        progress(done, total)
-    return str(Path(place).parent.parent if "/" in name else Path(place).parent)
+            child.stdin.write(json.dumps({"repository": repository, "files": files}))
+            child.stdin.close()
+            yield from map(json.loads, child.stdout)
+        finally:
+            child.kill()
 
 
-def _bar(progress: Progress, before: int, total: int) -> type[tqdm[Any]]:
-    """A progress bar that draws nothing and tells how many bytes are here, those ``before`` this file included."""
-
-    class Silent(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.here = int(kwargs.get("initial") or 0)
-            kwargs.pop("name", None)
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-        def update(self, n: float | None = 1) -> None:
-            self.here += int(n or 0)
-            progress(before + self.here, total)
-
-    return Silent
+def _broken_off(repository: str, name: str, why: str) -> HubError:
+    return HubError(f"{name} of {repository} could not be fetched ({why}): try again, what is here is kept")

@@ -17,6 +17,8 @@ from talkers import columns, talker
 
 from app.errors import UserError
 from app.service import Limits, Request, Service
+from app.tape import Piece, Tape
+from modification import generate
 
 USERS = 50
 
@@ -48,8 +50,22 @@ def whole(service: Service, user: int, told: list[int] | None = None) -> list[li
     return columns(tape)
 
 
+def replayed(service: Service, user: int, got: list[list]) -> list[list]:
+    """A run by itself, in which p moves as it did in ``got``: its columns."""
+    loaded, asked = service.open("tiny"), request(user)
+    prompt = [column[6] for column in got if len(column) == 7]  # the others have a log-probability
+    moves = iter([column[2] for column in got[len(prompt) - 1 :]])
+    tape = Tape(loaded.shape, "", loaded.anchors)
+    for step in generate(
+        loaded.model, prompt, p=lambda: next(moves), max_new_tokens=len(got) - len(prompt), stop=(), alternatives=5,
+        **asked.sampling(),
+    ):
+        tape.add(step, [Piece("")] * len(step.tokens))
+    return columns(tape.text)
+
+
 def test_fifty_users_at_once_get_what_each_gets_alone(folder):
-    """Some leave, some move p, all share one model; the others' every token, score and decision is as if alone."""
+    """Some leave, some move p, all share one model; every token, score and decision is as if alone."""
     service = Service({"tiny": folder}, limits=Limits(running=8, waiting=USERS, frame=0.0))
     alone = {user: whole(service, user) for user in range(USERS)}
     ready, told = threading.Barrier(USERS), list[int]()
@@ -62,18 +78,22 @@ def test_fifty_users_at_once_get_what_each_gets_alone(folder):
             return None
         if user % 10 == 3:  # moves p all the time
             for update in service.run(f"user {user}", 0.5, request(user)):
-                service.set_p(f"user {user}", random.random())
+                service.set_p(f"user {user}", round(random.random(), 3))
                 tape = update.tape
-            return len(columns(tape))
+            return columns(tape)
         return whole(service, user, told)
 
     with ThreadPoolExecutor(USERS) as pool:
         found = dict(enumerate(pool.map(go, range(USERS))))
+    moved = set[float]()
     for user, got in found.items():
         if user % 10 == 3:
-            assert got >= len(alone[user]) - request(user).max_new_tokens
+            moved |= {column[2] for column in got}
+            decided = [[column[at] for at in (2, 3, 4, 6)] for column in got]
+            assert decided == [[column[at] for at in (2, 3, 4, 6)] for column in replayed(service, user, got)]
         elif user % 10 != 7:
             assert got == alone[user], f"user {user}"
+    assert len(moved) > 10, "p did move"
     assert max(told) > 0, "places in the queue were told"
     assert service.desk.turnstile.count() == (0, 0)
     assert service.desk.turnstile.promised() == 0

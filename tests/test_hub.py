@@ -8,8 +8,12 @@ import sys
 import textwrap
 
 import pytest
-from builders import REPO, mod_model, tiny_tokenizer
+import torch
+from builders import REPO, tiny_tokenizer
 from hub_stand_in import StandIn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modification import MoDConfig, convert
 
 TOKEN = "hf_" + "s3cret" * 6
 OPENING = """
@@ -21,8 +25,6 @@ from modification.errors import LoadError
 import modification.hub as hub
 def mode(name):
     urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/_mode/{name}").read()
-import huggingface_hub.constants as constants
-constants.DOWNLOAD_CHUNK_SIZE = 4096
 def refused():
     try:
         load("who/model")
@@ -36,7 +38,10 @@ def refused():
 @pytest.fixture
 def hub(tmp_path):
     folder = tmp_path / "served"
-    mod_model("llama").save_pretrained(folder)
+    # Three of the pieces of 10 MB in which the Hub's library writes a file.
+    large = LlamaConfig(vocab_size=99, hidden_size=256, intermediate_size=6144, num_hidden_layers=3,
+                        num_attention_heads=4, tie_word_embeddings=True, dtype="bfloat16")
+    convert(LlamaForCausalLM(large).to(torch.bfloat16), MoDConfig()).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     (folder / "pytorch_model.bin").write_bytes(b"x" * 1000)
     (folder / "evil.py").write_text("raise SystemExit")
@@ -46,21 +51,31 @@ def hub(tmp_path):
 
 
 @pytest.fixture
-def child(hub, tmp_path):
-    """Run code in a process that takes the stand-in for the Hub; what it printed, and all that it wrote."""
+def start(hub, tmp_path):
+    """Start code in a process that takes the stand-in for the Hub."""
     def go(code):
         environment = {
             **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
-            "HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_TOKEN": TOKEN,
             "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1",
         }
-        done = subprocess.run(
-            [sys.executable, "-c", OPENING + textwrap.dedent(code), str(REPO)], env=environment, capture_output=True,
-            text=True, timeout=240,
+        return subprocess.Popen(
+            [sys.executable, "-c", OPENING + textwrap.dedent(code), str(REPO)], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert TOKEN not in done.stdout + done.stderr
-        return done.stdout.splitlines()
+
+    return go
+
+
+@pytest.fixture
+def child(start):
+    """Run such code to its end: what it printed."""
+    def go(code):
+        process = start(code)
+        printed, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-2000:]
+        assert TOKEN not in printed + errors
+        return printed.splitlines()
 
     return go
 
@@ -102,6 +117,29 @@ def test_a_download_that_breaks_off_goes_on(child, hub):
     assert ranges[1].startswith("bytes=")
 
 
+def test_a_process_killed_in_mid_download_leaves_what_the_next_goes_on_from(start, child, hub):
+    """Nothing half fetched is taken for a model meanwhile."""
+    killed = start('''
+        mode("slow")
+        hub.fetch("who/model", progress=lambda here, total: print(here, flush=True))
+    ''')
+    while int(killed.stdout.readline()) < 10_000_000:
+        pass
+    killed.kill()
+    killed.communicate()
+    away, here = child('''
+        mode("error")
+        refused()
+        mode("well")
+        refused()
+    ''')
+    assert away.startswith("REFUSED")
+    assert here == "LOADED"
+    ranges = [asked for method, path, asked in hub.seen if method == "GET"]
+    starts = [int(asked[6:].partition("-")[0]) for asked in ranges if asked.startswith("bytes=")]
+    assert max(starts) >= 10_000_000, "the rest was asked for, and not the whole again"
+
+
 def test_who_leaves_ends_a_download_and_the_next_goes_on(child):
     """In the app: progress in bytes, an end within moments once nobody reads, and a model at the second try."""
     said = child("""
@@ -112,7 +150,7 @@ def test_who_leaves_ends_a_download_and_the_next_goes_on(child):
         mode("slow")
         load = service.library.loading("who/model")
         for far in load:
-            if far.here > 20_000:
+            if far.here > 10_000_000:
                 break
         print(far.total > far.here)
         load.close()

@@ -1,13 +1,14 @@
 """Sweeps, benches, estimates and conversions on behalf of the page, on a tiny pair."""
 
 import json
+import threading
 import time
 
 import pytest
-from talkers import talker
+from talkers import columns, talker
 
 from app.errors import UserError
-from app.service import Limits, Service, measuring
+from app.service import Limits, Request, Service, measuring
 from app.service.conversions import Plan
 
 TEXT = "Once there was a fox who lived by the river and counted the boats. " * 6
@@ -105,6 +106,29 @@ def test_a_bench_that_would_take_too_long_is_refused(service, changes, what):
         results(service.bench("tiny-MoD", None, **asked))
 
 
+def test_a_bench_lets_others_at_the_model(folders):
+    """A run that comes while it measures ends before it does."""
+    service = Service(folders, limits=Limits(running=2))
+    begun, served, ended = (threading.Event() for _ in range(3))
+
+    def measure():
+        for update in service.bench("tiny-MoD", None, [100] * 8, [0.5, 0.3, 0.2], 20, 20, True):
+            if update.result is not None:
+                begun.set()
+            if served.is_set():
+                return
+        ended.set()
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    assert begun.wait(60)
+    *_, last = service.run("somebody", 0.5, Request("Once", "tiny-MoD", max_new_tokens=60, temperature=0.0))
+    assert sum(column[5] == "n" for column in columns(last.tape)) == 60
+    served.set()
+    thread.join()
+    assert not ended.is_set()
+
+
 def test_a_bench_without_a_parent_restores_one(service):
     found = results(service.bench("tiny-MoD", None, [16], [0.5], 4, 1, False))[-1]
     assert [result.side for result in found] == ["engine, p = 0", "load 0.5"]
@@ -157,7 +181,7 @@ def test_a_conversion_reports_and_ends_in_a_listed_model(service, text):
 
 
 def test_a_cancelled_conversion_keeps_its_checkpoint_and_goes_on(service, text):
-    long = plan(text, tokens=400 * 8 * 16)
+    long = plan(text, tokens=200 * 8 * 16)
     run = service.convert(long)
     while not next(run).log:  # before the first checkpoint is due: it is written because the run is cancelled
         pass
@@ -171,11 +195,11 @@ def test_a_cancelled_conversion_keeps_its_checkpoint_and_goes_on(service, text):
     again = list(service.convert(long))[-1]
     assert again.failed
     assert "unfinished conversion" in again.ended
-    resumed = list(service.convert(plan(text, tokens=400 * 8 * 16, resume=True)))
+    resumed = list(service.convert(plan(text, tokens=200 * 8 * 16, resume=True)))
     steps = [record["step"] for record in resumed[-1].log]
     assert not resumed[-1].failed, resumed[-1].ended
     assert steps == sorted(set(steps)), "no step is told twice"
-    assert steps[-1] == 400
+    assert steps[-1] == 200
 
 
 def test_one_conversion_at_a_time(service, text):

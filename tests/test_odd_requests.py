@@ -20,7 +20,7 @@ from talkers import talker
 
 from app import ui
 from app.service import Limits, Service
-from app.tabs import chat, explore, sweep
+from app.tabs import benchmark, chat, explore, sweep
 from app.tabs.shared import OOPS
 from app.web import Guard
 
@@ -83,12 +83,14 @@ def trouble(handler, fields, count: int, *after) -> list:
 
 SOMEONE = SimpleNamespace(session_hash="odd")
 HANDLERS = {
-    "generate": (explore._generate, [TEXT, *[NUMBER] * 7, TEXT, SHIFTS], 0.4, [SOMEONE]),
+    "generate": (explore._generate, [TEXT, *[NUMBER] * 7, TEXT, SHIFTS], 0.3, [SOMEONE]),
     "chat": (
-        lambda service: chat._answer(service, again=False), [TEXT, NUMBER, TEXT, TEXT, NUMBER, *[NUMBER] * 3], 0.25,
+        lambda service: chat._answer(service, again=False), [TEXT, NUMBER, TEXT, TEXT, NUMBER, *[NUMBER] * 3], 0.2,
         [SOMEONE],
     ),
-    "sweep": (sweep._sweep, [TEXT, GRID, NUMBER, TEXT], 0.2, [SOMEONE]),
+    "sweep": (sweep._sweep, [TEXT, GRID, NUMBER, TEXT], 0.15, [SOMEONE]),
+    "bench": (benchmark._bench, [TEXT, GRID, GRID, NUMBER, NUMBER, st.booleans()], 0.1, [SOMEONE]),
+    "estimate": (benchmark._estimate, [TEXT, NUMBER, NUMBER, NUMBER, TEXT, TEXT, TEXT], 0.1, []),
     "trace": (explore._read_trace, [st.binary(max_size=200) | st.just(b"[" * 100_000)], 0.1, []),
     "move": (explore._move, [NUMBER | TEXT], 0.05, [SOMEONE]),
 }
@@ -202,6 +204,25 @@ def test_odd_requests_over_http(address, service):
         assert '"new_tokens": 3' in client.get(f"/gradio_api/call/generate/{made.json()['event_id']}").text
         assert "mod_requests_total" in client.get("/metrics").text
     assert service.desk.turnstile.count() == (0, 0)
+
+
+def test_who_leaves_while_gradio_hands_out_work_stops_nobody(service):
+    """A session whose messages are gone and whose request is still in line, as when a visitor leaves just then."""
+    demo = ui.build(service)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True)
+    queue = demo._queue
+    try:
+        with httpx.Client(base_url=url, timeout=20) as client:
+            queue.active_jobs[:] = [[] for _ in queue.active_jobs]  # nothing is handed out for now
+            left = [client.post("/gradio_api/call/generate", json={"data": plain("Bye")}).json() for _ in range(3)]
+            for one in left:
+                queue.pending_messages_per_session.pop(one["event_id"])
+            queue.active_jobs[:] = [None for _ in queue.active_jobs]
+            made = client.post("/gradio_api/call/generate", json={"data": plain("Hello")})
+            assert '"new_tokens": 3' in client.get(f"/gradio_api/call/generate/{made.json()['event_id']}").text
+        assert not queue.stopped
+    finally:
+        demo.close(verbose=False)
 
 
 def test_what_is_too_long_is_refused_unread(address, service):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,12 +101,21 @@ def bench_model(
         if len(values) > most:
             raise UserError(f"{len(values):,} {name} are too many here: at most {most}.")
     # A dense model is held with routers of its own, for the other tabs: stock generate must not meet them.
-    dense = dense_twin((parent or loaded).model)
+    dense, began = dense_twin((parent or loaded).model), time.monotonic()
+
+    def tell(done: str) -> None:
+        """Between two timings: others' runs get the model for as long as this one had it."""
+        nonlocal began
+        report(done)
+        loaded.lock.give_way(time.monotonic() - began)
+        began = time.monotonic()
+
     try:
         with loaded.lock:
+            began = time.monotonic()
             return bench(
                 loaded.model, dense, contexts=contexts, batches=[1], loads=loads, new_tokens=new_tokens,
-                rounds=rounds, stock=stock, say=report, tell=report,
+                rounds=rounds, stock=stock, say=report, tell=tell,
             )
     except ValueError as error:
         raise UserError(f"{error}.") from error

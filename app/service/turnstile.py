@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,6 +127,13 @@ class FairLock:
             turn.acquire()
             self._line.append(turn)
         turn.acquire()  # released by the one before, who leaves the lock taken
+
+    def give_way(self, seconds: float) -> None:
+        """Held: if others wait, let them have it in turn for so long."""
+        if self._line:
+            self.__exit__(None, None, None)
+            time.sleep(seconds)
+            self.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -11,6 +11,7 @@ import gradio as gr
 from app.figures import bench_figure, estimate_figure
 from app.present import bench_rows, estimate_rows
 from app.service import Service
+from app.service.requests import number, whole
 from app.tabs.shared import csv_script, guarded, numbers, shown, status, table, waiting
 
 OPENING = "Dense and routed alternate; p is set so that each load is hit. Nothing else should run meanwhile."
@@ -95,7 +96,7 @@ def _bench(service: Service) -> Any:
         yield status("Starting …", busy=True), gr.skip(), gr.skip(), gr.skip()
         updates = service.bench(
             name, service.parent_of(name), numbers(contexts, int, "Contexts"),
-            numbers(loads, float, "Loads"), int(new_tokens or 0), int(rounds or 0), stock,
+            numbers(loads, float, "Loads"), whole(new_tokens or 0, "Decode steps"), whole(rounds or 0, "Rounds"), stock,
             str(request.session_hash),
         )
         with contextlib.closing(updates):
@@ -116,8 +117,10 @@ def _estimate(service: Service) -> Any:
     def estimate(
         shape: str | None, context: float | None, batch: float | None, load: float, layers: str, dtype: str, device: str
     ) -> Iterator[tuple[Any, Any, Any]]:
-        found = service.estimate(shape or "", int(context or 0), int(batch or 0), load, dtype, layers, device)
-        rows = table(f"{shape}, {int(context or 0):,} tokens, load {load:g}", PAPER_HEADERS, estimate_rows(found))
+        tokens, rows_at_once = whole(context or 0, "Context"), whole(batch or 0, "Batch")
+        share = number(load, "Load", 0.0, 1.0)
+        found = service.estimate(shape or "", tokens, rows_at_once, share, dtype, layers, device)
+        rows = table(f"{shape}, {tokens:,} tokens, load {share:g}", PAPER_HEADERS, estimate_rows(found))
         yield status(f"{shape}, estimated."), shown(estimate_figure(found)), rows
 
     return estimate

@@ -12,6 +12,7 @@ from app.figures import training_figure
 from app.present import conversion_estimate, conversion_sentence
 from app.service import Service
 from app.service.conversions import Plan
+from app.service.requests import whole
 from app.tabs.shared import guarded, shown, status
 
 OFF = (
@@ -112,8 +113,8 @@ def _plan(
     batch: float, resume: bool,
 ) -> Plan:
     return Plan(
-        (parent or "").strip(), name.strip(), data.strip(), layers.strip() or "inner", recipe, tune, int(tokens or 0),
-        max(1, int(block or 1)), max(1, int(batch or 1)), resume,
+        (parent or "").strip(), name.strip(), data.strip(), layers.strip() or "inner", recipe, tune,
+        whole(tokens or 0, "Training tokens"), whole(block or 1, "Block", 1), whole(batch or 1, "Batch", 1), resume,
     )
 
 

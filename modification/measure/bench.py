@@ -112,7 +112,7 @@ def bench(
         stock: whether to time transformers' generate too (slow over long contexts).
         overheads: whether to time the engine without routers, and without its trace and stream.
         say: told what is being measured.
-        tell: told how many rounds are done, before each; whatever it raises ends the bench.
+        tell: told how many rounds are done, before each timing; whatever it raises ends the bench.
 
     Raises:
         ValueError: a value out of bounds, before anything runs.

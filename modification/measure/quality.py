@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+_TOKENS = 2_048  # at a time, of short blocks
 GRID = tuple(round(0.1 * step, 1) for step in range(11))
 
 
@@ -40,16 +41,18 @@ class Quality:
 
 @torch.no_grad()
 def evaluate(
-    model: Any, blocks: npt.NDArray[np.int32], p: float, batch: int = 8, reference: npt.NDArray[np.int32] | None = None
+    model: Any, blocks: npt.NDArray[np.int32], p: float, batch: int | None = None,
+    reference: npt.NDArray[np.int32] | None = None,
 ) -> Quality:
     """Loss and load of ``model`` at threshold ``p`` over blocks [N, T] of token ids.
 
     Args:
+        batch: blocks at a time; by default 8, more where they are short.
         reference: likeliest next tokens to agree with, [N, T], as ``reference_of`` gives them.
     """
     losses: list[float] = []
     ran = torch.zeros(len(model.mod_layers))
-    agreed = 0
+    agreed, batch = 0, batch or _rows(blocks)
     for at, ids in enumerate(batches(blocks, batch, model.device)):
         out = model(input_ids=ids, p=p, use_cache=False, output_router_scores=True)
         losses.extend(_block_losses(out.logits, ids))
@@ -65,14 +68,14 @@ def evaluate(
 
 @torch.no_grad()
 def reference_of(
-    model: Any, blocks: npt.NDArray[np.int32], batch: int = 8, **call: Any
+    model: Any, blocks: npt.NDArray[np.int32], batch: int | None = None, **call: Any
 ) -> tuple[npt.NDArray[np.int32], float]:
     """The likeliest next token after each token of blocks [N, T], and the loss as ``evaluate`` has it, in one reading.
 
     A MoD model is asked at ``p=...``; a dense one needs no more.
     """
     found, losses = [], list[float]()
-    for ids in batches(blocks, batch, model.device):
+    for ids in batches(blocks, batch or _rows(blocks), model.device):
         logits = model(input_ids=ids, use_cache=False, **call).logits
         found.append(logits.argmax(-1).cpu().numpy())
         losses.extend(_block_losses(logits, ids))
@@ -92,6 +95,11 @@ def batches(blocks: npt.NDArray[np.int32], size: int, device: torch.device) -> I
     """Blocks of token ids [N, T] on a device, ``size`` at a time."""
     for start in range(0, len(blocks), size):
         yield torch.from_numpy(blocks[start : start + size].astype(np.int64)).to(device)
+
+
+def _rows(blocks: npt.NDArray[np.int32]) -> int:
+    """Blocks at a time: a call costs more than its tokens where they are few."""
+    return max(8, _TOKENS // int(blocks.shape[1]))
 
 
 def _block_losses(logits: torch.Tensor, ids: torch.Tensor) -> list[float]:

@@ -185,13 +185,13 @@ def alternate(
 ) -> dict[str, list[Timing]]:
     """Rounds in which every side runs once, a different one first each time; a round to warm up is thrown away.
 
-    ``tell`` is called before every round with the number of those that count so far.
+    ``tell`` is called before every timing with the number of rounds that count so far.
     """
     found: dict[str, list[Timing]] = {name: [] for name in sides}
     names = list(sides)
     for at in range(rounds + 1):
-        tell(max(0, at - 1))
         for name in names[at % len(names) :] + names[: at % len(names)]:
+            tell(max(0, at - 1))
             timing = sides[name]()
             if at:
                 found[name].append(timing)
