@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import importlib.util
 import logging
 import os
@@ -21,6 +23,7 @@ from app.web import Guard, Quiet, Traffic
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DRAIN = 3.0  # seconds in which the last of them are sent
+_M_ARENA_MAX = -8  # of mallopt(3)
 PAGES = 500  # open ones, and programs' calls, whose settings Gradio keeps (0.4 MB each); then the oldest go
 PATIENCE = 30.0  # seconds that answers under way may take once the app is told to end
 
@@ -88,6 +91,7 @@ def main() -> None:
     if arguments.mcp and importlib.util.find_spec("mcp") is None:
         parser.error('--mcp needs another package: pip install "gradio[mcp]"')
     public = arguments.public or (not arguments.trusted and not _at_home(arguments.host))
+    _share_arenas()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("modification").setLevel(logging.INFO)
     service = Service(
@@ -101,6 +105,13 @@ def main() -> None:
         parser.error(str(error))
     service.keep_tidy()
     _serve(service, arguments)
+
+
+def _share_arenas(most: int = 2) -> None:
+    """Let glibc's malloc keep so many arenas: with one a thread, what many users' threads freed piles up in them."""
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # another system's malloc
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, most)
 
 
 def _limit_flags(parser: argparse.ArgumentParser) -> None:

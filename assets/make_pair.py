@@ -23,7 +23,7 @@ from make_parent import TOKENS, make_parent, mixed_blocks, tokens_seen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.service import Request
-from app.service.library import Loaded
+from app.service.loaded import Loaded
 from app.service.runs import record
 from modification import MoDConfig, load
 from modification.conversion.calibrate import bend_dial

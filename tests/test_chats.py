@@ -7,7 +7,7 @@ import pytest
 from talkers import talker
 
 from app.errors import UserError
-from app.service import Limits, Request, Service, chats
+from app.service import Limits, Request, Service, answers
 from app.talk import ChatTape
 
 
@@ -36,9 +36,9 @@ def request(message, **changes):
 def talk(service, *messages, session="one", p=0.5, **options):
     """Send messages one after another; the conversation's record."""
     for message in messages:
-        for _ in service.chat(session, PAIR, p, request(message), **options):
+        for _ in service.talks.chat(session, PAIR, p, request(message), **options):
             pass
-    return service.chat_record(session)
+    return service.talks.record(session)
 
 
 def records(tape):
@@ -71,7 +71,7 @@ def test_a_cached_conversation_says_what_a_fresh_one_with_the_same_tokens_says(f
     from modification import generate, load
 
     talk(service, "Hello", "More")
-    thread = service._chats.of("one").threads[1]
+    thread = service.talks.store.of("one").threads[1]
     ids = thread.seen[-2][1]  # all that was there before the last answer
     answer = thread.seen[-1][1][len(ids) :]
     model, _ = load(folders["tiny-MoD"])
@@ -87,50 +87,51 @@ def test_regenerating_with_the_same_seed_says_the_same(service):
 
 def test_a_turn_taken_back_is_gone_and_what_was_before_stays(service):
     talk(service, "Hello", "More")
-    service.cut_chat("one", 1)
-    assert service.chat_turns("one") == ["Hello"]
-    assert [r[1] for r in records(service.chat_tape("one")) if r[0] == "u"] == ["Hello"]
+    service.talks.cut("one", 1)
+    assert service.talks.turns("one") == ["Hello"]
+    assert [r[1] for r in records(service.talks.tape("one")) if r[0] == "u"] == ["Hello"]
     assert len(talk(service, "Other")) == 2
 
 
 def test_an_answer_left_in_the_middle_stays_as_far_as_it_came(service):
-    run = service.chat("one", PAIR, 0.5, request("Hello", max_new_tokens=100))
+    run = service.talks.chat("one", PAIR, 0.5, request("Hello", max_new_tokens=100))
     for _ in range(12):
         next(run)
     run.close()
-    assert any(service.chat_record("one")[0]["answers"])
-    ends = [record for record in records(service.chat_tape("one")) if record[0] == "e"]
+    assert any(service.talks.record("one")[0]["answers"])
+    ends = [record for record in records(service.talks.tape("one")) if record[0] == "e"]
     assert [record[2] for record in ends] == ["Stopped."] * 2
     assert len(talk(service, "Go on")) == 2
 
 
 def test_p_moved_in_mid_answer_moves_the_right_side_alone(service, monkeypatch):
-    allowed, next_step = threading.Semaphore(20), chats.next_step
-    monkeypatch.setattr(chats, "next_step", lambda steps, lock: allowed.acquire() and next_step(steps, lock))
+    allowed, next_step = threading.Semaphore(20), answers.next_step
+    monkeypatch.setattr(answers, "next_step", lambda steps, lock: allowed.acquire() and next_step(steps, lock))
     loads = []
-    for update in service.chat("one", PAIR, 0.0, request("Hello", max_new_tokens=60)):
+    for update in service.talks.chat("one", PAIR, 0.0, request("Hello", max_new_tokens=60)):
         loads += [r[2]["load"] for r in records(update.tape or "") if r[0] == "f" and r[1] == 1][-1:]
         if loads and allowed._value == 0:
             service.set_p("one/chat", 1.0)
             allowed.release(1000)
-    figures = service.chat_record("one")[0]["figures"]
+    figures = service.talks.record("one")[0]["figures"]
     assert loads[0] == 1.0
     assert figures[1]["load"] < 1.0 == figures[0]["load"]
 
 
 def test_nobody_else_answers_while_an_answer_is_made(service, monkeypatch):
     """A second message, a turn taken back: each is told to wait, and the answer goes on."""
-    monkeypatch.setattr("app.service.door._PATIENCE", 0.05)
+    monkeypatch.setattr("app.service.talks._PATIENCE", 0.05)
     service = Service(service.library.listed, limits=Limits(running=2, frame=0.0))
-    allowed, next_step = threading.Semaphore(10), chats.next_step
-    monkeypatch.setattr(chats, "next_step", lambda steps, lock: allowed.acquire() and next_step(steps, lock))
-    run = service.chat("one", PAIR, 0.5, request("Hello"))
+    allowed, next_step = threading.Semaphore(10), answers.next_step
+    monkeypatch.setattr(answers, "next_step", lambda steps, lock: allowed.acquire() and next_step(steps, lock))
+    run = service.talks.chat("one", PAIR, 0.5, request("Hello"))
     next(update for update in run if update.tape)
-    for other in (lambda: list(service.chat("one", PAIR, 0.5, request("Me too"))), lambda: service.cut_chat("one", 0)):
+    talks = service.talks
+    for other in (lambda: list(talks.chat("one", PAIR, 0.5, request("Me too"))), lambda: talks.cut("one", 0)):
         with pytest.raises(UserError, match="still being made"):
             other()
     service.close("one")
-    assert service.chat_turns("one") == []
+    assert service.talks.turns("one") == []
     allowed.release(1000)
     last = [update.tape for update in run][-1]
     assert [record[0] for record in records(last)].count("e") == 2
@@ -138,7 +139,7 @@ def test_nobody_else_answers_while_an_answer_is_made(service, monkeypatch):
 
 def test_closing_a_session_frees_both_caches(service):
     talk(service, "Hello")
-    caches = [thread.cache for thread in service._chats.of("one").threads]
+    caches = [thread.cache for thread in service.talks.store.of("one").threads]
     assert all(cache.nbytes().stored for cache in caches)
     service.close("one")
     assert not any(cache.nbytes().allocated for cache in caches)
@@ -148,15 +149,15 @@ def test_the_least_recent_conversation_makes_room(service):
     """Two are kept here."""
     for session in ("a", "b", "c"):
         talk(service, "Hello", session=session)
-    assert service.chat_turns("a") == []
-    assert service.chat_turns("c") == ["Hello"]
+    assert service.talks.turns("a") == []
+    assert service.talks.turns("c") == ["Hello"]
 
 
 def test_blind_sides_are_dealt_by_lot_and_the_tape_says_who_is_who(service, monkeypatch):
     for lot in (0, 1):
         monkeypatch.setattr("app.service.door.secrets.randbelow", lambda count, lot=lot: lot)
         turn = talk(service, "Hello", session=f"lot {lot}", blind=True)[0]
-        head = records(service.chat_tape(f"lot {lot}"))[0][1]
+        head = records(service.talks.tape(f"lot {lot}"))[0][1]
         assert head["blind"]
         dense = next(at for at, name in enumerate(head["names"]) if "every layer" in name)
         assert dense == lot
@@ -170,14 +171,14 @@ def test_a_bad_message_is_a_sentence_and_costs_no_turn(service, message, sentenc
     talk(service, "Hello")
     with pytest.raises(UserError, match=sentence):
         talk(service, message)
-    assert service.chat_turns("one") == ["Hello"]
+    assert service.talks.turns("one") == ["Hello"]
     assert len(talk(service, "Go on")) == 2
 
 
 def test_two_sessions_do_not_hear_each_other(service):
     alone = talk(service, "Hello", session="a")
     talk(service, "Something else", session="b")
-    assert service.chat_record("a") == alone
+    assert service.talks.record("a") == alone
 
 
 # The tape

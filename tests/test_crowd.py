@@ -134,22 +134,22 @@ def test_nothing_of_a_cache_is_left(folder, monkeypatch):
 def test_kept_caches_count_while_their_next_message_waits(folder):
     """A chat in line holds what it held: as kept, until it has its place."""
     service = Service({"tiny": folder}, limits=Limits(running=1, frame=0.0))
-    for _ in service.chat("talker", ("tiny", "tiny"), 0.5, request(1)):
+    for _ in service.talks.chat("talker", ("tiny", "tiny"), 0.5, request(1)):
         pass
-    held = service._chats.held()
+    held = service.talks.store.held()
     assert held > 0
     with contextlib.closing(service.run("long", 0.3, request(1, max_new_tokens=400))) as long:
         next(update for update in long if update.tape)
-        with contextlib.closing(service.chat("talker", ("tiny", "tiny"), 0.5, request(2))) as waiting:
+        with contextlib.closing(service.talks.chat("talker", ("tiny", "tiny"), 0.5, request(2))) as waiting:
             next(update for update in waiting if update.waiting is not None)
-            assert service._chats.held() == held
+            assert service.talks.store.held() == held
 
 
 def test_who_leaves_a_sweep_keeps_its_place_until_the_work_has_noticed(folder):
     """So that leaving and coming again does not pile work up."""
     service = Service({"tiny": folder}, limits=Limits(running=1, frame=0.0))
     text = "Once upon a time there was a fox. " * 200
-    run = service.sweep("tiny", None, text, [0.1 * at for at in range(11)], 0.02, "someone")
+    run = service.lab.sweep("tiny", None, text, [0.1 * at for at in range(11)], 0.02, "someone")
     next(run)
     run.close()
     until = time.monotonic() + 20
@@ -220,7 +220,7 @@ def test_memory_is_flat_after_500_requests(folder):
                 next(run)
         elif user % 5 == 2:
             wanted = request(user, max_new_tokens=5)
-            for _ in service.chat(f"user {user % 20}", ("tiny", "tiny"), 0.5, wanted, turns=0):
+            for _ in service.talks.chat(f"user {user % 20}", ("tiny", "tiny"), 0.5, wanted, turns=0):
                 pass
         else:
             whole(service, user)

@@ -10,8 +10,9 @@ from talkers import talker
 from app.errors import UserError
 from app.service import Limits, Service
 from app.service import library as library_module
+from app.service.choice import Options, parse
 from app.service.conversions import Plan
-from app.service.library import Library, Options, parse
+from app.service.library import Library
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_only_folders_that_are_allowed_are_opened(folder, tmp_path):
             library.open(str(name))
     service = Service({}, limits=Limits(folders=(inside,)))
     with pytest.raises(UserError, match="not among the folders"):
-        service.estimate(str(outside), 10, 1, 0.5, "bf16", "own", "h200")
+        service.lab.estimate(str(outside), 10, 1, 0.5, "bf16", "own", "h200")
     with pytest.raises(UserError, match="reads from"):
         list(service.convert(Plan(str(inside / "fine"), "new", "/etc/passwd")))
 
@@ -151,7 +152,7 @@ def test_a_shared_app_opens_listed_models_alone(folder, tmp_path):
         with pytest.raises(UserError, match="not among the models offered"):
             service.open(name)
     with pytest.raises(UserError, match="not among the shapes"):
-        service.estimate(str(folder), 10, 1, 0.5, "bf16", "own", "h200")
+        service.lab.estimate(str(folder), 10, 1, 0.5, "bf16", "own", "h200")
 
 
 def test_mod_layers_are_known_without_loading(library):

@@ -33,7 +33,7 @@ def results(updates):
 
 
 def test_a_sweep_grows_point_by_point_with_the_dense_loss_beside_it(service):
-    found = results(service.sweep("tiny-MoD", "tiny", TEXT, [0.0, 0.5, 1.0], 0.02))
+    found = results(service.lab.sweep("tiny-MoD", "tiny", TEXT, [0.0, 0.5, 1.0], 0.02))
     assert [len(one.points) for one in found] == [1, 2, 3, 3]
     last = found[-1]
     assert last.parent == "tiny (dense)"
@@ -47,23 +47,23 @@ def test_a_sweep_grows_point_by_point_with_the_dense_loss_beside_it(service):
 
 def test_almost_all_of_a_text_is_scored(service):
     """Blocks are cut so that little is left over."""
-    found = results(service.sweep("tiny-MoD", None, TEXT, [0.0], 0.02))[-1]
+    found = results(service.lab.sweep("tiny-MoD", None, TEXT, [0.0], 0.02))[-1]
     assert len(TEXT) - 8 <= found.tokens <= len(TEXT)
     assert found.parent == "tiny-MoD at p = 0"
 
 
 def test_the_best_p_is_the_largest_up_to_which_the_loss_holds(service):
-    everything = results(service.sweep("tiny-MoD", "tiny", TEXT, [0.0, 0.5, 1.0], 10.0))[-1]
+    everything = results(service.lab.sweep("tiny-MoD", "tiny", TEXT, [0.0, 0.5, 1.0], 10.0))[-1]
     assert everything.best.quality.p == 1.0
-    nothing = results(service.sweep("tiny-MoD", "tiny", TEXT, [0.5, 1.0], -0.9))[-1]
+    nothing = results(service.lab.sweep("tiny-MoD", "tiny", TEXT, [0.5, 1.0], -0.9))[-1]
     assert nothing.best is None
 
 
 def test_a_sweep_left_early_frees_its_place(service):
-    run = service.sweep("tiny-MoD", "tiny", TEXT, [0.0, 0.5, 1.0], 0.02)
+    run = service.lab.sweep("tiny-MoD", "tiny", TEXT, [0.0, 0.5, 1.0], 0.02)
     next(one for one in run if one.result is not None)
     run.close()
-    assert results(service.sweep("tiny-MoD", "tiny", TEXT, [1.0], 0.02))
+    assert results(service.lab.sweep("tiny-MoD", "tiny", TEXT, [1.0], 0.02))
 
 
 @pytest.mark.parametrize(("text", "grid", "sentence"), [
@@ -71,14 +71,14 @@ def test_a_sweep_left_early_frees_its_place(service):
 ])
 def test_a_bad_sweep_is_a_sentence(service, text, grid, sentence):
     with pytest.raises(UserError, match=sentence):
-        list(service.sweep("tiny-MoD", None, text, grid, 0.02))
+        list(service.lab.sweep("tiny-MoD", None, text, grid, 0.02))
 
 
 # Benches and estimates
 
 
 def test_a_bench_tells_its_rounds_and_gives_every_side(service):
-    found = results(service.bench("tiny-MoD", "tiny", [16], [0.5], 4, 2, True))
+    found = results(service.lab.bench("tiny-MoD", "tiny", [16], [0.5], 4, 2, True))
     assert "context 16, batch 1: 1 of 2" in found
     assert [result.side for result in found[-1]] == ["stock generate", "engine, p = 0", "load 0.5"]
 
@@ -90,7 +90,7 @@ def test_the_dense_side_of_a_bench_is_a_stock_model(service, monkeypatch, parent
 
     met = []
     monkeypatch.setattr(measuring, "bench", lambda model, dense, **options: met.append((model, dense)) or [])
-    results(service.bench("tiny-MoD", parent, [16], [0.5], 4, 1, True))
+    results(service.lab.bench("tiny-MoD", parent, [16], [0.5], 4, 1, True))
     model, dense = met[0]
     assert isinstance(model, MoDModel)
     assert not isinstance(dense, MoDModel)
@@ -103,7 +103,7 @@ def test_the_dense_side_of_a_bench_is_a_stock_model(service, monkeypatch, parent
 def test_a_bench_that_would_take_too_long_is_refused(service, changes, what):
     asked = {"contexts": [16], "loads": [0.5], "new_tokens": 4, "rounds": 1, "stock": False, **changes}
     with pytest.raises(UserError, match=f"{what} are too many"):
-        results(service.bench("tiny-MoD", None, **asked))
+        results(service.lab.bench("tiny-MoD", None, **asked))
 
 
 def test_a_bench_lets_others_at_the_model(folders):
@@ -112,7 +112,7 @@ def test_a_bench_lets_others_at_the_model(folders):
     begun, served, ended = (threading.Event() for _ in range(3))
 
     def measure():
-        for update in service.bench("tiny-MoD", None, [100] * 8, [0.5, 0.3, 0.2], 20, 20, True):
+        for update in service.lab.bench("tiny-MoD", None, [100] * 8, [0.5, 0.3, 0.2], 20, 20, True):
             if update.result is not None:
                 begun.set()
             if served.is_set():
@@ -130,13 +130,13 @@ def test_a_bench_lets_others_at_the_model(folders):
 
 
 def test_a_bench_without_a_parent_restores_one(service):
-    found = results(service.bench("tiny-MoD", None, [16], [0.5], 4, 1, False))[-1]
+    found = results(service.lab.bench("tiny-MoD", None, [16], [0.5], 4, 1, False))[-1]
     assert [result.side for result in found] == ["engine, p = 0", "load 0.5"]
 
 
 def test_a_bench_beyond_the_context_is_a_sentence(service):
     with pytest.raises(UserError, match="model's context of 128"):
-        list(service.bench("tiny-MoD", None, [500], [0.5], 4, 1, False))
+        list(service.lab.bench("tiny-MoD", None, [500], [0.5], 4, 1, False))
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
@@ -148,7 +148,7 @@ def test_a_bad_estimate_is_a_sentence(service, changes, sentence):
     asked = {"source": "llama-2-7b", "context": 10, "batch": 1, "load": 0.5, "dtype": "bf16", "layers": "own",
              "device": "h200", **changes}
     with pytest.raises(UserError, match=sentence):
-        service.estimate(**asked)
+        service.lab.estimate(**asked)
 
 
 # Conversions

@@ -38,7 +38,7 @@ class FakeService:
     limits = Limits()
 
     def __init__(self, **script):
-        self.asked = []
+        self.asked, self.talks, self.lab = [], self, self  # its parts answer from the same script
         for name, answer in script.items():
             setattr(self, name, self._told(name, answer))
 
@@ -135,7 +135,7 @@ def test_the_dense_side_is_the_one_chosen_or_the_parent():
 
 
 def test_regenerating_asks_for_the_last_message_again():
-    service = FakeService(chat=closing([Update(tape="x")]), chat_turns=("Hello", "More"))
+    service = FakeService(chat=closing([Update(tape="x")]), turns=("Hello", "More"))
     list(chat._answer(service, again=True)("", 0.5, "m", None, False, 10, 0.0, 0, SOMEONE))
     _, (session, pair, p, request, blind, turns), _ = service.asked[-1]
     assert (session, pair, p, blind, turns) == ("someone", ("dense", "m"), 0.5, False, 1)
@@ -143,7 +143,7 @@ def test_regenerating_asks_for_the_last_message_again():
 
 
 def test_regenerating_nothing_is_a_sentence():
-    service = FakeService(chat_turns=())
+    service = FakeService(turns=())
     shown = list(chat._answer(service, again=True)("", 0.5, "m", None, False, 10, 0.0, 0, SOMEONE))
     assert "Send a message first" in shown[-1][1]
 

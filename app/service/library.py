@@ -4,139 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import re
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from app.errors import UserError
-from app.service.crew import Crew
+from app.service.choice import DTYPES, Options, parse
 from app.service.faults import sentence_of
-from app.service.jobs import Mailbox
+from app.service.loaded import Loaded
 from app.service.paths import check_folder_within, real
-from app.service.requests import Dial, Limits, Request
-from app.service.turnstile import FairLock
+from app.service.requests import Limits
 from app.service.zero import Zero
 from modification import MoDModel
-from modification.batching import Stream
 from modification.config import MoDConfig
 from modification.executor import executor_of
 from modification.loading import HUB_ID, as_mod, check_folder, load_dense_or_mod, on_disk, resolve
 from modification.measure.cost import ModelShape
-from modification.measure.estimate import kv_bytes
 from modification.measure.memory import available_bytes, weight_bytes
-from modification.storage import SPARE
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUANTIZATIONS = ("4bit", "8bit")
-DEVICES = ("cpu", "cuda", "auto")
-_CHOICE = re.compile(r"(?P<source>.*?)(?: \[(?P<options>[a-z0-9, ]+)\])?")
 _BEAT = 0.25  # seconds between two looks at a load
 _LOAD_ROOM = 1.2  # files are read into buffers beside the weights
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a model is loaded; None leaves the choice to the files and the machine."""
-
-    dtype: str | None = None
-    quantization: str | None = None
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        for value, known in ((self.dtype, DTYPES), (self.quantization, QUANTIZATIONS), (self.device, DEVICES)):
-            if value is not None and value not in known:
-                raise UserError(f"{value!r} is no way to load a model: choose among {', '.join(known)}.")
-
-    @property
-    def place(self) -> str:
-        """The device it is loaded on: the one chosen, or the best there is."""
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        return best if self.device in (None, "auto") else str(self.device)
-
-    @property
-    def spread(self) -> Any:
-        """The device map."""
-        return "auto" if self.device == "auto" else {"": self.place}
-
-    def label(self, source: str) -> str:
-        """The source with what was chosen in brackets; :func:`parse` reads it back."""
-        chosen = [value for value in (self.dtype, self.quantization, self.device) if value]
-        return f"{source} [{', '.join(chosen)}]" if chosen else source
-
-
-def parse(choice: str) -> tuple[str, Options]:
-    """A model choice such as ``folder [bf16, 4bit]`` as source and options."""
-    found = _CHOICE.fullmatch(choice.strip())
-    if found is None:
-        raise UserError("A model's name is one line: a listed name, a folder or owner/name.")
-    source, chosen = found["source"], dict[str, str]()
-    kinds = {"dtype": DTYPES, "quantization": QUANTIZATIONS, "device": DEVICES}
-    for word in filter(None, (part.strip() for part in (found["options"] or "").split(","))):
-        kind = next((kind for kind, known in kinds.items() if word in known), None)
-        if kind is None:
-            known = ", ".join(word for words in kinds.values() for word in words)
-            raise UserError(f"{word!r} is no way to load a model: choose among {known}.")
-        chosen[kind] = word
-    return source, Options(**chosen)
-
-
-@dataclass(slots=True)
-class Loaded:
-    """A model in memory, shared between users; ``lock`` gives one step at a time."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-    shape: ModelShape
-    trained: bool = True
-    source: str = ""
-    lock: FairLock = field(default_factory=FairLock)
-    users: int = 0
-    used: float = field(default_factory=time.monotonic)
-    crew: Crew = field(init=False)
-    zero: Zero | None = None
-
-    def __post_init__(self) -> None:
-        self.crew = Crew(self.model, self.lock)
-
-    def run(self, stream: Stream, ids: list[int], dial: Dial, budget: int, request: Request) -> Mailbox:
-        """Begin a run that is checked: with the others of this model, or in a fork that gets a GPU."""
-        if self.zero is not None:
-            return self.zero.run(self, ids, dial, budget, request)
-        return self.crew.run(stream)
-
-    def cache_bytes(self, tokens: int) -> int:
-        """Most that keys and values of so many tokens take (estimated): at p = 0, with the buffers' spare room."""
-        columns = 4 * tokens * len(self.shape.mod_layers)
-        return kv_bytes(self.shape, tokens, 1, 1.0, self.model.dtype.itemsize) + columns + columns // SPARE
-
-    def describe(self) -> str:
-        """A line about the model."""
-        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        line = (
-            f"{self.name}: {millions:.1f} M parameters, {self.shape.depth} layers, "
-            f"{len(self.shape.mod_layers)} of them MoD layers, context {self.context:,} tokens"
-        )
-        line += f", executor {executor_of(self.model).note}"
-        if not self.trained:
-            line += ". A dense model: its routers are untrained, so p is no useful dial. Convert it first."
-        return line
-
-    @property
-    def anchors(self) -> int:
-        """Leading tokens that always run."""
-        return int(self.model.mod_config.anchors)
-
-    @property
-    def context(self) -> int:
-        """Longest prompt plus continuation, in tokens."""
-        return int(self.model.config.max_position_embeddings)
 
 
 class Library:

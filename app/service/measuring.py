@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import UserError
+from app.service.choice import DTYPES
 from app.service.jobs import Report
-from app.service.library import DTYPES, Loaded
+from app.service.loaded import Loaded
 from app.service.requests import Limits
 from modification.conversion.data import pack
 from modification.measure.bench import Result, bench, dense_twin

@@ -134,15 +134,3 @@ def number(value: object, what: str, least: float, most: float) -> float:
     if not least <= found <= most:
         raise UserError(f"{what} {found:g}: give a number from {least:g} to {most:g}.")
     return found
-
-
-class Dial:
-    """A session's threshold, readable while a run goes on; with a shift per MoD layer, a threshold for each."""
-
-    def __init__(self, p: float, shifts: tuple[float, ...] = ()) -> None:
-        self.p, self.shifts = p, shifts
-
-    def __call__(self) -> float | tuple[float, ...]:
-        if not any(self.shifts):
-            return self.p
-        return tuple(min(1.0, max(0.0, self.p + shift)) for shift in self.shifts)

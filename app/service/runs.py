@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.errors import UserError
+from app.service.dials import Dial
 from app.service.jobs import Finished, batches
-from app.service.library import Loaded, Loading
+from app.service.library import Library, Loading
+from app.service.loaded import Loaded
 from app.service.pieces import PieceReader
-from app.service.requests import ALTERNATIVES, Dial, Limits, Request
+from app.service.requests import ALTERNATIVES, Limits, Request
 from app.service.turnstile import FairLock
 from app.tape import Tape
 from modification import RoutingTrace, Step
@@ -29,6 +31,13 @@ class Update:
     loading: Loading | None = None
     tape: str | None = None
     result: Any = None
+
+
+def loading(library: Library, *names: str | None) -> Iterator[Update]:
+    """Load models, those that are named: how far each is."""
+    for name in filter(None, names):
+        for far in library.loading(name):
+            yield Update(loading=far)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from app.errors import UserError
+from app.service.dials import Dial
 from app.service.jobs import Mailbox
-from app.service.requests import ALTERNATIVES, Dial, Request
+from app.service.requests import ALTERNATIVES, Request
 from modification import Step
 from modification.generate import generate
 
 if TYPE_CHECKING:
-    from app.service.library import Loaded
+    from app.service.loaded import Loaded
 
 SECONDS = 120  # of GPU time that a run may take
 _SLOTS, _WIDTH = 64, 514  # of thresholds: p, a wish to stop, and a shift for each of 512 MoD layers

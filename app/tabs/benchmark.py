@@ -54,7 +54,7 @@ class Benchmark:
         gr.Markdown(PAPER)
         with gr.Row():
             self.shape = gr.Dropdown(
-                service.presets(), value="llama-2-7b", allow_custom_value=True, label="Shape",
+                service.lab.presets(), value="llama-2-7b", allow_custom_value=True, label="Shape",
                 info="A preset, a model folder, or owner/name on the Hub", elem_id="paper-shape", scale=2,
             )
             self.context = gr.Number(label="Context, tokens", value=4096, precision=0, minimum=1)
@@ -64,7 +64,7 @@ class Benchmark:
             self.layers = gr.Radio(["own", "inner", "interleaved"], value="own", label="MoD layers",
                                    info="own: the model's, or inner")
             self.dtype = gr.Radio(["bf16", "fp16", "fp32"], value="bf16", label="Data type")
-            self.device = gr.Dropdown(service.devices(), value="h200", label="Device", elem_id="paper-device")
+            self.device = gr.Dropdown(service.lab.devices(), value="h200", label="Device", elem_id="paper-device")
         self.paper_status = gr.HTML(status("Change anything: the figures follow."), elem_id="paper-status",
                                     apply_default_css=False)
         self.paper_plot = gr.Plot(show_label=False, elem_id="paper-plot", visible=False)
@@ -94,7 +94,7 @@ def _bench(service: Service) -> Any:
     ) -> Iterator[tuple[Any, ...]]:
         name = model or ""
         yield status("Starting …", busy=True), gr.skip(), gr.skip(), gr.skip()
-        updates = service.bench(
+        updates = service.lab.bench(
             name, service.parent_of(name), numbers(contexts, int, "Contexts"),
             numbers(loads, float, "Loads"), whole(new_tokens or 0, "Decode steps"), whole(rounds or 0, "Rounds"), stock,
             str(request.session_hash),
@@ -119,7 +119,7 @@ def _estimate(service: Service) -> Any:
     ) -> Iterator[tuple[Any, Any, Any]]:
         tokens, rows_at_once = whole(context or 0, "Context"), whole(batch or 0, "Batch")
         share = number(load, "Load", 0.0, 1.0)
-        found = service.estimate(shape or "", tokens, rows_at_once, share, dtype, layers, device)
+        found = service.lab.estimate(shape or "", tokens, rows_at_once, share, dtype, layers, device)
         rows = table(f"{shape}, {tokens:,} tokens, load {share:g}", PAPER_HEADERS, estimate_rows(found))
         yield status(f"{shape}, estimated."), shown(estimate_figure(found)), rows
 

@@ -103,7 +103,7 @@ def _answer(service: Service, again: bool) -> Any:
         session, name = str(request.session_hash), model or ""
         turns = None
         if again:
-            before = service.chat_turns(session)
+            before = service.talks.turns(session)
             if not before:
                 raise UserError("There is no answer to regenerate yet. Send a message first.")
             message, turns = before[-1], len(before) - 1
@@ -111,7 +111,7 @@ def _answer(service: Service, again: bool) -> Any:
         pair = (dense_side(service, name, parent), name)
         yield gr.skip(), status("Starting …"), gr.skip()
         cleared = again  # the box keeps the message until it has arrived
-        with contextlib.closing(service.chat(session, pair, p, wanted, blind, turns)) as updates:
+        with contextlib.closing(service.talks.chat(session, pair, p, wanted, blind, turns)) as updates:
             for update in updates:
                 if (line := waiting(update, name)) is not None:
                     yield gr.skip(), line, gr.skip()
@@ -125,7 +125,7 @@ def _answer(service: Service, again: bool) -> Any:
 
 def _stopped(service: Service) -> Any:
     def stopped(request: gr.Request) -> tuple[str, str, Any]:
-        return service.chat_tape(str(request.session_hash)), status("Stopped."), gr.skip()
+        return service.talks.tape(str(request.session_hash)), status("Stopped."), gr.skip()
 
     return stopped
 
@@ -135,10 +135,10 @@ def _take_back(service: Service, keep: bool) -> Any:
 
     def take_back(request: gr.Request) -> tuple[Any, str, Any]:
         session = str(request.session_hash)
-        turns = service.chat_turns(session)
+        turns = service.talks.turns(session)
         if not turns:
             return gr.skip(), status("There is nothing to take back yet."), gr.skip()
-        tape = service.cut_chat(session, len(turns) - 1)
+        tape = service.talks.cut(session, len(turns) - 1)
         return tape, status("Edit the message and send it again." if keep else "Took the last turn back."), (
             turns[-1] if keep else gr.skip()
         )

@@ -85,9 +85,9 @@ def _chat(service: Service) -> Any:
                 pair = (dense_side(service, name, None), name)
                 for message in messages:
                     wanted = Request(message, name, max_new_tokens, temperature, seed=seed)
-                    for _ in service.chat(session, pair, p, wanted, user=_user(request)):
+                    for _ in service.talks.chat(session, pair, p, wanted, user=_user(request)):
                         pass
-                return {"sides": ["dense", "mod"], "turns": service.chat_record(session)}
+                return {"sides": ["dense", "mod"], "turns": service.talks.record(session)}
         finally:
             service.close(session)
 
@@ -114,7 +114,7 @@ def _sweep(service: Service) -> Any:
         name, grid = _default(service, model), thresholds or [round(0.1 * at, 1) for at in range(11)]
         found = None
         with sentences("an endpoint"):
-            for update in service.sweep(name, service.parent_of(name), text, grid, within, _user(request)):
+            for update in service.lab.sweep(name, service.parent_of(name), text, grid, within, _user(request)):
                 found = update.result if update.result is not None else found
         return {} if found is None else {
             "dense_loss": found.dense, "dense": found.parent, "tokens": found.tokens,
@@ -151,7 +151,7 @@ def _estimate(service: Service) -> Any:
             dense and mod, each with weights, kv and activations in bytes, FLOPs, bytes read and seconds.
         """
         with sentences("an endpoint"):
-            found = service.estimate(config, context, batch, load, dtype, layers, device)
+            found = service.lab.estimate(config, context, batch, load, dtype, layers, device)
         return dataclasses.asdict(found)
 
     return estimate

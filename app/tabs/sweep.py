@@ -94,7 +94,7 @@ def _sweep(service: Service) -> Any:
         yield status("Starting …", busy=True), gr.skip(), gr.skip(), "", None, gr.update(visible=False), gr.skip()
         found = None
         share = number(within or 0.0, "Within", 0, 1000) / 100
-        updates = service.sweep(name, service.parent_of(name), text, points, share, str(request.session_hash))
+        updates = service.lab.sweep(name, service.parent_of(name), text, points, share, str(request.session_hash))
         with contextlib.closing(updates):
             for update in updates:
                 if (line := waiting(update, name)) is not None:

@@ -1,13 +1,12 @@
-"""Chats: two models answer the same messages side by side, each with a cache of its own that lives between turns.
+"""Conversations: two models' sides of a chat, each with a cache of its own that lives between turns.
 
-A side's next turn prefills its new tokens alone. The tokens of earlier turns are kept as they were made, so that
-they are found in the cache again whatever the tokenizer would make of their text.
+The tokens of earlier turns are kept as they were made, so that they are found in the cache again whatever the
+tokenizer would make of their text. How answers are made: ``answers.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -15,13 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app.errors import UserError
-from app.service.jobs import Finished, Report, batches
-from app.service.library import Loaded
-from app.service.pieces import PieceReader
-from app.service.requests import Dial, Limits, Request
-from app.service.runs import budget_of, ending, next_step, start
+from app.service.loaded import Loaded
+from app.service.requests import Limits
 from app.talk import ChatTape, SideFigures
-from modification import Step
 from modification.errors import first_line
 
 _TEMPLATE = 64  # tokens that a chat template may put around a message
@@ -47,7 +42,7 @@ class Side:
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of the messages; those seen before stay the tokens they were."""
         tokenizer = self.loaded.tokenizer
-        whole = _written(tokenizer, messages)
+        whole = written(tokenizer, messages)
         self.seen = [(text, ids) for text, ids in self.seen if whole.startswith(text)]
         text, ids = self.seen[-1] if self.seen else ("", [])
         plain = tokenizer.chat_template or ids  # a text without a template gets the tokenizer's own start
@@ -129,8 +124,8 @@ class Conversation:
         for at, loaded in enumerate(models):
             kept = len(self.threads[at].cache.tokens) if at < len(self.threads) else 0
             new = len(loaded.tokenizer(message)["input_ids"]) + _TEMPLATE
-            written = _written(loaded.tokenizer, _messages(self.turns[:turns], at, message))
-            whole = len(loaded.tokenizer(written)["input_ids"])
+            text = written(loaded.tokenizer, messages_of(self.turns[:turns], at, message))
+            whole = len(loaded.tokenizer(text)["input_ids"])
             total += loaded.cache_bytes(min(max(kept + new, whole + _TEMPLATE) + budget, loaded.context))
         return total
 
@@ -146,7 +141,7 @@ class Conversation:
             thread.close()
 
 
-class Chats:
+class Conversations:
     """Conversations by session; the least recently used are closed when there are too many."""
 
     def __init__(self, limits: Limits) -> None:
@@ -201,83 +196,14 @@ class Chats:
             self.close(name)
 
 
-def answer(
-    conversation: Conversation, models: tuple[Loaded, Loaded], message: str, dials: tuple[Dial, Dial],
-    request: Request, limits: Limits,
-) -> Iterator[str]:
-    """Both models answer ``message``, a token of each in turn; the growing tape of the conversation.
-
-    Leaving early keeps what was said so far.
-
-    Raises:
-        UserError: a setting out of bounds, or a conversation that fills a model's context.
-    """
-    _seat(conversation, models)
-    tape, turn = conversation.tape, Turn(message)
-    sides = [
-        _Answer(thread, _messages(conversation.turns, at, message), dial, request, limits)
-        for at, (thread, dial) in enumerate(zip(conversation.threads, dials, strict=True))
-    ]
-    conversation.turns.append(turn)
-    tape.ask(message)
-    try:
-        with contextlib.closing(batches(functools.partial(_in_turn, sides), limits.frame)) as made:
-            for batch in made:
-                for at, step, seconds in (one for one in batch if not isinstance(one, Finished)):
-                    piece = sides[at].take(step, seconds)
-                    turn.answers[at] += piece
-                    tape.say(at, piece)
-                    if not sides[at].going:
-                        tape.figures(at, sides[at].figures())
-                        tape.end(at, sides[at].ending)
-                for at, side in enumerate(sides):
-                    if side.going:
-                        tape.figures(at, side.figures())
-                yield tape.text
-    finally:
-        for at, side in enumerate(sides):
-            turn.figures[at] = side.figures()
-            if side.going:
-                tape.figures(at, side.figures())
-                tape.end(at, "Stopped.")
-            side.thread.said(side.text, side.tokens)
-    yield tape.text
-
-
-def _in_turn(sides: list[_Answer], report: Report) -> None:
-    """A step of each side in turn, with its own seconds; None when a side has come to its end."""
-    going = list(enumerate(sides))
-    try:
-        while going:
-            for at, side in list(going):
-                began = time.perf_counter()
-                step = next_step(side.steps, side.thread.loaded.lock)
-                report((at, step, time.perf_counter() - began))
-                if step is None:
-                    going.remove((at, side))
-    finally:
-        for side in sides:
-            side.steps.close()
-
-
-def _seat(conversation: Conversation, models: tuple[Loaded, Loaded]) -> None:
-    """A thread for each model; one whose model was loaded anew starts over."""
-    for at, loaded in enumerate(models):
-        if len(conversation.threads) <= at:
-            conversation.threads.append(Side(loaded, loaded.model.new_cache()))
-        elif conversation.threads[at].loaded is not loaded:
-            conversation.threads[at].close()
-            conversation.threads[at] = Side(loaded, loaded.model.new_cache())
-
-
-def _messages(turns: list[Turn], side: int, message: str) -> list[dict[str, str]]:
+def messages_of(turns: list[Turn], side: int, message: str) -> list[dict[str, str]]:
     told = []
     for turn in turns:
         told += [{"role": "user", "content": turn.message}, {"role": "assistant", "content": turn.answers[side]}]
     return [*told, {"role": "user", "content": message}]
 
 
-def _written(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+def written(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """A conversation as the text that a model reads; UserError if its chat template fails."""
     if not tokenizer.chat_template:
         return "\n\n".join(message["content"] for message in messages)
@@ -285,47 +211,3 @@ def _written(tokenizer: Any, messages: list[dict[str, str]]) -> str:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # a template is a program of the model's
         raise UserError(f"The model's chat template fails: {first_line(error)}.") from error
-
-
-class _Answer:
-    """One model's answer under way."""
-
-    def __init__(
-        self, thread: Side, messages: list[dict[str, str]], dial: Dial, request: Request, limits: Limits
-    ) -> None:
-        self.thread, loaded = thread, thread.loaded
-        ids = thread.prompt(messages)
-        self.budget, self.room = budget_of(loaded, len(ids), request.max_new_tokens, limits)
-        self.reader = PieceReader(loaded.tokenizer)
-        self.steps = start(loaded, ids, dial, self.budget, request, thread.cache, alternatives=0)
-        self.tokens: list[int] = []
-        self.text, self.going, self.ending = "", True, ""
-        self.seconds, self.first, self.prompt, self.ran, self.scored = 0.0, 0.0, 0, 0, 0
-        self.last: Step | None = None
-
-    def take(self, step: Step | None, spent: float) -> str:
-        """What a step adds to the text; None, the end of the steps, ends the answer."""
-        if step is None:
-            self.going, self.ending = False, ending(len(self.tokens), self.budget, self.room)
-            return ""
-        self.last = step
-        self.ran, self.scored = self.ran + int(step.routed.sum()), self.scored + step.routed.size
-        if step.prefill:
-            self.prompt, self.first = len(step.tokens), spent
-            return ""
-        if not self.tokens:
-            self.first += spent
-        self.seconds += spent
-        self.tokens.append(step.token)
-        piece = self.reader.read(step.token)
-        self.text += piece.text
-        return "" if piece.special else piece.text
-
-    def figures(self) -> SideFigures:
-        """What is known of the answer so far."""
-        last = self.last
-        return SideFigures(
-            tokens=len(self.tokens), speed=len(self.tokens) / self.seconds if self.seconds else None,
-            first_token=self.first, prefilled=self.prompt, load=self.ran / self.scored if self.scored else 1.0,
-            kv=(last.kv_stored, last.kv_allocated, last.kv_dense) if last else (0, 0, 0),
-        )
