@@ -1,10 +1,14 @@
 """Models in memory: named, weighed, loaded once, let go."""
 
+import contextlib
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from talkers import talker
 
 from app.errors import UserError
@@ -13,6 +17,8 @@ from app.service import library as library_module
 from app.service.choice import Options, parse
 from app.service.conversions import Plan
 from app.service.library import Library
+from modification.errors import LoadError
+from modification.loading import HUB_ID
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +88,47 @@ def test_only_folders_that_are_allowed_are_opened(folder, tmp_path):
         service.lab.estimate(str(outside), 10, 1, 0.5, "bf16", "own", "h200")
     with pytest.raises(UserError, match="reads from"):
         list(service.convert(Plan(str(inside / "fine"), "new", "/etc/passwd")))
+
+
+@pytest.fixture(scope="module")
+def walled(folder, tmp_path_factory):
+    """A library that opens folders within one alone, where that is, and what it read of them or asked the Hub for."""
+    root = tmp_path_factory.mktemp("walled")
+    shutil.copytree(folder, root / "models" / "fine")
+    shutil.copytree(folder, root / "private")
+    (root / "models" / "linked").symlink_to(root / "private")
+    return Library({}, Limits(folders=(root / "models",), idle=0.0)), root
+
+
+PARTS = st.sampled_from([
+    "models", "private", "fine", "linked", "..", ".", "", "~", "\0", " ", "fine [bf16]", "[cpu]", "%2e%2e", "..\\",
+    "a\nb", "file:", "hf:", "config.json", "model.safetensors", "\ud800", "x" * 300,
+]) | st.text(max_size=6)
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(start=st.sampled_from(["ROOT/", "ROOT/models/", "", "/", "../", "http://127.0.0.1:9/"]),
+       parts=st.lists(PARTS, max_size=5))
+def test_any_name_opens_what_is_allowed_or_is_a_sentence(walled, start, parts):
+    """An open loader behind a wall: a model from within, or a UserError; the Hub is away."""
+    library, root = walled
+    name = (start + "/".join(parts)).replace("ROOT", str(root))
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library_module, "on_disk", lambda source, progress=None: asked.append(source) or _there(source))
+        with contextlib.suppress(UserError):
+            library.open(name)
+        library.unload_idle(time.monotonic() + 1)
+    for source in asked:
+        place = Path(source).expanduser().resolve()
+        assert place.is_relative_to(root / "models") or (HUB_ID.fullmatch(source) and not place.exists()), source
+
+
+def _there(source):
+    """The folder, and no Hub."""
+    if not Path(source).is_dir():
+        raise LoadError(f"{source} is not here")
+    return source
 
 
 @pytest.mark.parametrize("name", ["tiny [ ] [ ]", "tiny [cpu] [bf16]", "tiny [bf16] []", "tiny [ ]"])
