@@ -89,9 +89,9 @@ would be the stricter rival and has not been measured.
 
 ## What the routers learned
 
-Share of tokens that run, by layer and kind, at p = 0.5 (measured on the held-out text):
+![Share of tokens that run in each MoD layer, over p and by kind of token](routers.svg)
 
-{_kinds(f)}
+Tokens of the held-out text: {_counted(f)}.
 
 {f.get('learned', '')}
 
@@ -113,13 +113,9 @@ def _retrieval(f: dict[str, Any], dense_only: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _kinds(f: dict[str, Any]) -> str:
+def _counted(f: dict[str, Any]) -> str:
     found = f["kinds"]
-    heads = [f"{kind} ({count:,})" for kind, count in zip(found["kinds"], found["tokens"], strict=True)]
-    lines = [f"| layer | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for layer, loads in zip(found["layers"], found["loads"], strict=True):
-        lines.append(f"| {layer} | {' | '.join(f'{load:.2f}' for load in loads)} |")
-    return "\n".join(lines)
+    return ", ".join(f"{kind} {count:,}" for kind, count in zip(found["kinds"], found["tokens"], strict=True))
 
 
 def _data(f: dict[str, Any]) -> str:

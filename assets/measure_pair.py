@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from cards import dense_card, mod_card
+from routers_figure import routers_figure
 
 from modification import generate, load
 from modification.conversion.data import pack, read_documents
 from modification.loading import encode_prompt
 from modification.measure.quality import evaluate, reference_of
-from modification.measure.report import rows_of
+from modification.measure.report import record, rows_of
 from modification.measure.retrieval import accuracy
 
 ASSETS = Path(__file__).resolve().parent
@@ -48,11 +49,6 @@ def measure(text: Path, name: str, rival: Path | None) -> dict[str, Any]:
     blocks = pack(documents, BLOCK, HELD_OUT_BLOCKS * BLOCK)
     reference, _ = reference_of(dense, blocks, p=0.0)
     parent = evaluate(dense, blocks, 0.0)
-    rows = [{
-        "p": row.quality.p, "load": row.quality.load, "loss": row.quality.loss, "error": row.quality.error,
-        "agreement": row.quality.agreement, "layer_loads": list(row.quality.layer_loads), "kv": row.kv,
-        "compute": row.compute,
-    } for row in rows_of(mod, blocks, reference=reference)]
     plain = "\n".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in documents).encode()
     per_token = len(plain) / sum(map(len, documents))
     return {
@@ -62,7 +58,7 @@ def measure(text: Path, name: str, rival: Path | None) -> dict[str, Any]:
         "bits_per_byte": parent.loss / math.log(2) / per_token,
         "xz_bits_per_byte": 8 * len(lzma.compress(plain, preset=9 | lzma.PRESET_EXTREME)) / len(plain),
         "rival_bits_per_byte": _bits(rival, plain) if rival else None,
-        "sweep": rows,
+        "sweep": record(rows_of(mod, blocks, reference=reference)),
         "retrieval": _retrieval(dense, mod, tokenizer, documents),
         "kinds": _kinds(mod, tokenizer, blocks),
     }
@@ -185,14 +181,23 @@ def main() -> int:
     known = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
     facts = {**known, **{name: value for name, value in facts.items() if value is not None}}
     place.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    _correct_report(place.with_name("report.json"), facts)
     made = samples(arguments.text, arguments.name)
     (place.parent / "samples.json").write_text(json.dumps(made, indent=1, ensure_ascii=False), encoding="utf-8")
     write_cards(facts)
     return 0
 
 
+def _correct_report(path: Path, facts: dict[str, Any]) -> None:
+    """The conversion's report, with the sweep of the shipped dial; what else it measured before that goes."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in report.items() if name not in ("retrieval", "samples")}
+    path.write_text(json.dumps({**kept, "sweep": facts["sweep"]}, indent=1), encoding="utf-8")
+
+
 def write_cards(facts: dict[str, Any]) -> None:
-    """Both folders' README.md."""
+    """Both folders' README.md, and the figure in one of them."""
+    (ASSETS / f"{facts['name']}-MoD" / "routers.svg").write_text(routers_figure(facts), encoding="utf-8")
     for card, suffix in ((dense_card, ""), (mod_card, "-MoD")):
         (ASSETS / f"{facts['name']}{suffix}" / "README.md").write_text(card(facts), encoding="utf-8")
 

@@ -220,6 +220,7 @@ def test_time_and_memory_are_estimated_beforehand(service, text):
 
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"name": "../x"}, "no name for a model folder"), ({"name": ""}, "no name"), ({"data": "/no/such"}, "no text file"),
+    ({"data": "x" * 5000}, "no path"), ({"data": "a\0b"}, "no path"), ({"parent": "x" * 5000}, "no path"),
     ({"tokens": 10}, "give at least"), ({"parent": "--help"}, "neither a folder"),
 ])
 def test_a_plan_that_will_not_do_is_a_sentence(service, text, changes, sentence):

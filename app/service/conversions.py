@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from app.errors import UserError
+from app.service.paths import real
 from modification import MoDModel
 from modification.conversion.calibrate import CALIBRATION_TOKENS
 from modification.conversion.checks import last_checkpoint
@@ -163,9 +164,9 @@ class Conversions:
             )
         if (self.folder / plan.name / "report.json").is_file():
             raise UserError(f"{plan.name} is a finished model already: choose another name.")
-        if not _path(plan.data).is_file():
+        if not real(plan.data).is_file():
             raise UserError(f"There is no text file at {plan.data}. Upload one, or give its path.")
-        return _path(self.folder) / plan.name
+        return real(self.folder) / plan.name
 
     def run(self, plan: Plan) -> Iterator[Progress]:
         """Convert; progress until the end. Closing the iterator ends the process and keeps its last checkpoint.
@@ -174,10 +175,10 @@ class Conversions:
             UserError: a plan that will not do, or another conversion that is going on.
         """
         out = self.check(plan)
-        plan = dataclasses.replace(plan, data=str(_path(plan.data)), parent=_placed(plan.parent))
+        plan = dataclasses.replace(plan, data=str(real(plan.data)), parent=_placed(plan.parent))
         if not self._busy.acquire(timeout=_PATIENCE):  # one that was cancelled may be about to end
             raise UserError("Another conversion is going on here, and one at a time is all that fits. Try later.")
-        output, began = _path(self.folder) / f"{plan.name}.out", time.monotonic()
+        output, began = real(self.folder) / f"{plan.name}.out", time.monotonic()
         try:
             last = last_checkpoint(out / "checkpoints")
             # What an earlier run logged beyond its last checkpoint is done again.
@@ -231,13 +232,8 @@ def _progress(plan: Plan, out: Path, began: float, fresh: int) -> Progress:
     return Progress(plan.steps, tuple(log), seconds, left)
 
 
-def _path(given: str | Path) -> Path:
-    """A path as the user means it, whatever folder a process runs in."""
-    return Path(given).expanduser().resolve()
-
-
 def _placed(parent: str) -> str:
-    return str(_path(parent)) if _path(parent).is_dir() else parent
+    return str(real(parent)) if real(parent).is_dir() else parent
 
 
 def _last_words(output: Path) -> str:

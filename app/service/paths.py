@@ -16,9 +16,11 @@ def real(path: str | Path) -> Path:
         UserError: a path that no system can have.
     """
     try:
-        return Path(path).expanduser().resolve()
-    except (OSError, RuntimeError, ValueError):  # a loop of links; ~nobody; a null byte
+        found = Path(path).expanduser().resolve()
+        found.exists()  # not every name may even be looked up
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name too long; ~nobody; a null byte
         raise UserError("That is no path.") from None
+    return found
 
 
 def check_folder_within(path: str | Path, folders: Sequence[Path]) -> None:
