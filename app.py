@@ -16,6 +16,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from app import ui
+from app.calls import Calls
 from app.errors import UserError
 from app.service import Limits, Service, Zero, gpu_decorator
 from app.views import css
@@ -163,7 +164,7 @@ def _serve(service: Service, arguments: argparse.Namespace) -> None:
         max_file_size=service.limits.file_bytes, state_session_capacity=PAGES, mcp_server=arguments.mcp,
         prevent_thread_lock=True,
         max_threads=2 * (service.limits.running + service.limits.waiting) + 40,  # a program's call holds one all along
-        app_kwargs={"middleware": [Middleware(Guard, service=service, traffic=traffic)]},
+        app_kwargs={"middleware": [Middleware(Guard, service=service, traffic=traffic, calls=Calls(demo))]},
     )
     asked.wait()
     print("Ending: answers under way are finished, at most so many seconds:", PATIENCE, flush=True)

@@ -22,12 +22,13 @@ INTRO = (
     "A small router in each MoD layer scores every token, and a token goes through the layer only when its score "
     "reaches **p**. A skipped token costs no compute there and leaves no keys and values in the cache."
 )
+_UPLOADS = (600, 3600)  # seconds between looks at uploaded files, and after which they go
 _HERE = Path(__file__).parent
 
 
 def build(service: Service, sample: Path | None = None) -> gr.Blocks:
     """The whole page, not yet launched; ``sample``: the folder with the shipped text."""
-    with gr.Blocks(title="MoDification Studio", analytics_enabled=False) as demo:
+    with gr.Blocks(title="MoDification Studio", analytics_enabled=False, delete_cache=_UPLOADS) as demo:
         programs.build(service)  # first: the names are theirs
         with gr.Row():
             with gr.Column(scale=7, min_width=320):

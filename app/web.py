@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
+from gradio.utils import get_upload_folder
+
+from app.calls import Calls
 from app.service import Service
 
 Scope, Message = dict[str, Any], dict[str, Any]
 Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _UPLOAD_ROOM = 1 << 20  # bytes of an upload that are not the file
+_UPLOADS = 50  # times the largest file that are kept at once
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"same-origin"),
     (b"permissions-policy", b"camera=(), microphone=(), geolocation=()"),
@@ -40,10 +46,13 @@ class Guard:
         app: what it stands before.
         service: whose figures and limits.
         traffic: where open streams are counted.
+        calls: what the endpoints take; None leaves calls to Gradio.
     """
 
-    def __init__(self, app: App, service: Service, traffic: Traffic | None = None) -> None:
-        self.app, self.service, self.traffic = app, service, traffic or Traffic()
+    def __init__(
+        self, app: App, service: Service, traffic: Traffic | None = None, calls: Calls | None = None
+    ) -> None:
+        self.app, self.service, self.traffic, self.calls = app, service, traffic or Traffic(), calls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,12 +67,44 @@ class Guard:
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if not told.isdigit() or int(told) > most:
             return await self._refuse(send, most)
+        if path.endswith("/upload") and _kept() + int(told) > _UPLOADS * limits.file_bytes:
+            return await _answer(send, 507, b"There is no room for uploads now: they are deleted after an hour.\n")
+        if self.calls is not None and scope["method"] == "POST" and self.calls.concern(path):
+            return await self._checked(self.calls, path, scope, receive, send, most)
         counted = int("/call/" in path or path.endswith("/queue/data"))
         self.traffic.open += counted
         try:
             return await self._bounded(scope, receive, send, most)
         finally:
             self.traffic.open -= counted
+
+    async def _checked(
+        self, calls: Calls, path: str, scope: Scope, receive: Receive, send: Send, most: int
+    ) -> None:
+        """Read a call whole, and pass it on if there is nothing wrong with it."""
+        parts, size, more = list[bytes](), 0, True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return
+            parts.append(message.get("body", b""))
+            size, more = size + len(parts[-1]), message.get("more_body", False)
+            if size > most:
+                return await self._refuse(send, most)
+        body = b"".join(parts)
+        if (complaint := calls.complaint(path, body)) is not None:
+            answer = json.dumps({"detail": complaint}).encode()
+            return await _answer(send, 422, answer, b"application/json")
+        read = False
+
+        async def again() -> Message:
+            nonlocal read
+            if read:
+                return await receive()
+            read = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._bounded(scope, again, send, most)
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send, most: int) -> None:
         """Pass on at most so many bytes of the body, whatever length was told."""
@@ -94,6 +135,13 @@ class Guard:
     async def _refuse(self, send: Send, most: int) -> None:
         self.service.desk.metrics.refusals.labels("length").inc()
         await _answer(send, 413, f"The request is too long: at most {most:,} bytes are read.\n".encode())
+
+
+def _kept() -> int:
+    """Bytes of the files that were uploaded here."""
+    with contextlib.suppress(OSError):  # one was deleted meanwhile
+        return sum(path.stat().st_size for path in Path(get_upload_folder()).rglob("*") if path.is_file())
+    return 0
 
 
 class _TooLong(Exception):

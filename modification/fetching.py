@@ -5,21 +5,45 @@ the cache, and the next one goes on from there. It imports nothing else of this 
 
 Asked: one JSON object with ``repository`` and ``files``, [name, revision] each. Tells one JSON object a line, with
 ``at``, the file's number: ``here``, its bytes so far, twice a second; ``place``, its path once it is whole; ``error``,
-a class of exception.
+a class of exception. Asked with ``revision`` and ``patience``, seconds, and no ``files``, it tells what there are:
+``files``, bytes by name, and ``commit``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from huggingface_hub import hf_hub_download
+from filelock import FileLock
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+)
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 _BEAT = 0.5  # seconds between two reports of a file under way
+_TRIES = 3
+_PIECE = 1 << 20  # bytes that are written at a time
+_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]*")  # of a file's content, as the cache names it
+
+
+class _Silent(tqdm):
+    """A progress bar that draws nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("name", None)
+        super().__init__(*args, **{**kwargs, "disable": True})
 
 
 def _tell(**what: Any) -> None:
@@ -27,19 +51,51 @@ def _tell(**what: Any) -> None:
     sys.stdout.flush()
 
 
-def _bar(here: list[int]) -> type[tqdm[Any]]:
-    """A progress bar that draws nothing and counts the bytes of the file under way in ``here[0]``."""
+def _weights(repository: str, name: str, revision: str | None, here: list[int]) -> None:
+    """Fetch a file's content to where the cache looks for it, going on from what an earlier process left.
 
-    class Silent(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            here[0] = int(kwargs.get("initial") or 0)
-            kwargs.pop("name", None)
-            super().__init__(*args, **{**kwargs, "disable": True})
+    The Hub's library begins a file anew in every process. ``here[0]`` counts the bytes.
+    """
+    url = hf_hub_url(repository, name, revision=revision)
+    found = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    if not found.size or not _NAME.fullmatch(found.etag or ""):
+        return  # left to the library
+    whole = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "blobs" / str(found.etag)
+    part = whole.with_name(f"{whole.name}.part")
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{part}.lock"):
+        failure: Exception | None = None
+        before, vain = 0, 0  # bytes at the last look, and tries since then that brought none
+        while not whole.exists():
+            size = part.stat().st_size if part.exists() else 0
+            before, vain = max(before, size), 0 if size > before else vain + 1
+            if size == found.size:
+                part.replace(whole)
+            elif size > found.size:
+                part.unlink()
+                raise ConnectionError("more came than the Hub had told of")
+            elif vain > _TRIES:
+                raise failure or ConnectionError("it did not come whole")
+            else:
+                try:
+                    _go_on(url, found.location, part, size, here)
+                except Exception as error:  # a connection that breaks leaves what came
+                    failure = error
 
-        def update(self, n: float | None = 1) -> None:
-            here[0] += int(n or 0)
 
-    return Silent
+def _go_on(url: str, location: str, part: Path, start: int, here: list[int]) -> None:
+    """Ask for the rest of a file."""
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
+    if urlsplit(url).netloc != urlsplit(location).netloc:
+        headers.pop("authorization", None)  # the token is for the Hub alone
+    with get_session().stream("GET", location, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
+        answer.raise_for_status()
+        start = start if answer.status_code == 206 else 0
+        with part.open("r+b" if start else "wb") as file:
+            file.seek(start)
+            for piece in answer.iter_bytes(_PIECE):
+                file.write(piece)
+                here[0] = file.tell()
 
 
 def _fetch(repository: str, at: int, name: str, revision: str | None) -> bool:
@@ -55,7 +111,9 @@ def _fetch(repository: str, at: int, name: str, revision: str | None) -> bool:
 
     threading.Thread(target=beat, daemon=True).start()
     try:
-        place = hf_hub_download(repository, name, revision=revision, tqdm_class=_bar(here))
+        if name.endswith(".safetensors"):
+            _weights(repository, name, revision, here)
+        place = hf_hub_download(repository, name, revision=revision, tqdm_class=_Silent)
     except Exception as error:  # whatever the libraries make of a connection that broke
         _tell(at=at, error=type(error).__name__)
         return False
@@ -65,9 +123,23 @@ def _fetch(repository: str, at: int, name: str, revision: str | None) -> bool:
     return True
 
 
+def _list(repository: str, revision: str | None, patience: float) -> bool:
+    """Tell what files a repository has; whether that went well."""
+    try:
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=patience)
+        files = {str(one.rfilename): int(one.size or 0) for one in info.siblings or []}
+    except Exception as error:  # away, too slow, or answering nonsense: whatever the libraries make of it
+        _tell(at=0, error=type(error).__name__)
+        return False
+    _tell(at=0, files=files, commit=info.sha)
+    return True
+
+
 def main() -> int:
-    """Fetch what was asked for, file by file; 1 if one could not be had."""
+    """Fetch what was asked for, file by file, or list it; 1 if something could not be had."""
     asked = json.load(sys.stdin)
+    if "files" not in asked:
+        return int(not _list(asked["repository"], asked["revision"], asked["patience"]))
     return int(not all(_fetch(asked["repository"], at, *file) for at, file in enumerate(asked["files"])))
 
 

@@ -12,21 +12,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, snapshot_download
 
 from modification.errors import LoadError
 
 READ = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "README.md")
 
+_START = 10.0  # seconds that the process which fetches may take to start
 _CHILD = Path(__file__).with_name("fetching.py")
 
 Progress = Callable[[int, int], None]
@@ -46,17 +43,17 @@ def fetch(repository: str, revision: str | None = None, progress: Progress | Non
     Raises:
         HubError: no such model, no safetensors in it, or the Hub is away and nothing is in the cache.
     """
-    try:
-        patience = constants.HF_HUB_ETAG_TIMEOUT  # seconds, from the environment variable of that name
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=patience)
-        files = {str(one.rfilename): int(one.size or 0) for one in info.siblings or []}
-        commit = info.sha
-    except GatedRepoError:
-        raise HubError(f"{repository} is gated: accept its terms on the Hub, and set HF_TOKEN") from None
-    except (RepositoryNotFoundError, RevisionNotFoundError):
+    patience = float(constants.HF_HUB_ETAG_TIMEOUT)  # seconds, from the environment variable of that name
+    asked = {"repository": repository, "revision": revision, "patience": patience}
+    with contextlib.closing(_told(asked, patience)) as said:
+        listed: dict[str, Any] = next(said, {"error": "Timeout"})
+    if (why := listed.get("error")) == "GatedRepoError":
+        raise HubError(f"{repository} is gated: accept its terms on the Hub, and set HF_TOKEN")
+    if why in ("RepositoryNotFoundError", "RevisionNotFoundError"):
         return _kept(repository, revision, f"There is no model {repository} on the Hub, or it is private")
-    except Exception as error:  # away, too slow, or answering nonsense: whatever the libraries make of it
-        return _kept(repository, revision, f"The Hub can't be reached for {repository} ({type(error).__name__})")
+    if why:
+        return _kept(repository, revision, f"The Hub can't be reached for {repository} ({why})")
+    files, commit = listed["files"], listed["commit"]
     wanted = {name: size for name, size in files.items() if _is_read(name)}
     if not any(name.endswith(".safetensors") for name in wanted):
         raise HubError(f"{repository} holds no .safetensors weights; other formats are not read")
@@ -87,7 +84,7 @@ def _download(
     names = sorted(files, key=lambda name: (name != "config.json", name.endswith(".safetensors"), name))
     asked = [(name, revision if name == "config.json" else commit or revision) for name in names]
     at = 0
-    with contextlib.closing(_told(repository, asked)) as lines:
+    with contextlib.closing(_told({"repository": repository, "files": asked})) as lines:
         for told in lines:
             if told["at"] < at:  # said late
                 continue
@@ -101,8 +98,8 @@ def _download(
     return str(Path(place).parent.parent if "/" in names[-1] else Path(place).parent)
 
 
-def _told(repository: str, files: list[tuple[str, str | None]]) -> Generator[dict[str, Any], None, None]:
-    """What a process that fetches files says; it ends with whoever reads."""
+def _told(asked: dict[str, Any], patience: float | None = None) -> Generator[dict[str, Any], None, None]:
+    """What a process that fetches says; it ends with whoever reads, or after its start and ``patience`` seconds."""
     # Plain HTTP: a transfer by Xet tells its progress otherwise, and does not go on where it stopped.
     environment = {**os.environ, "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-c", "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')", str(_CHILD)]
@@ -111,11 +108,15 @@ def _told(repository: str, files: list[tuple[str, str | None]]) -> Generator[dic
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
+        end = threading.Timer(_START + (patience or 0.0), child.kill)
+        if patience is not None:
+            end.start()
         try:
-            child.stdin.write(json.dumps({"repository": repository, "files": files}))
+            child.stdin.write(json.dumps(asked))
             child.stdin.close()
             yield from map(json.loads, child.stdout)
         finally:
+            end.cancel()
             child.kill()
 
 

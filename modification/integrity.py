@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ _SIZES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }
+_POSITIVE = ("max_position_embeddings", "n_positions", "hidden_size", "vocab_size", "num_attention_heads")
+_WORD = re.compile(r"\w+")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 log = logging.getLogger(__name__)
 
@@ -133,6 +136,13 @@ def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
     for name, value in _numbers(config):
         if abs(value) > _MOST:
             raise Damaged(f"{path} says {name} = {value:.3g}: that is no model's")
+    for name in _POSITIVE:
+        count = config.get(name)
+        if type(count) is int and count < 1:
+            raise Damaged(f"{path} says {name} = {count}: it must be 1 or more")
+    for name, word in config.items():
+        if name.endswith("implementation") and isinstance(word, str) and not _WORD.fullmatch(word):
+            raise Damaged(f"{path} says {name} = {word[:80]!r}: kernels are not fetched from elsewhere")
     for name in _LAYERS:
         layers = config.get(name)
         if isinstance(layers, int) and not 0 < layers <= tensors:
@@ -189,7 +199,9 @@ def check_loaded(source: str, model: Any, tokenizer: Any) -> None:
             raise Damaged(f"{source}: {name} holds numbers that are none (NaN or infinite): the weights are damaged")
         log.warning("%s: %s holds NaN or infinite numbers: its layer runs for every token", source, name)
     known = model.get_input_embeddings().weight.shape[0]
-    if (given := int(tokenizer.vocab_size)) > known:  # tokens that were added later may lie beyond: no text holds them
+    # Special tokens may lie beyond, for padding say; those that ordinary text is made of may not.
+    added = [number + 1 for number, token in tokenizer.added_tokens_decoder.items() if not token.special]
+    if (given := max(int(tokenizer.vocab_size), *added, 0)) > known:
         raise Damaged(
             f"{source}: the tokenizer has {given:,} tokens and the model {known:,}: it is another model's"
         )

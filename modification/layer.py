@@ -156,7 +156,7 @@ class MoDLayer(nn.Module):
         found = {**kwargs, self.family.cache_argument: slots, "attention_mask": mask}
         if mask is None:
             return found
-        bias, least = torch.zeros((), device=mask.device), torch.finfo(torch.float32).min
+        bias, least = torch.zeros((), dtype=torch.float32, device=mask.device), torch.finfo(torch.float32).min
         if (alibi := kwargs.get("alibi")) is not None:
             own = _key_bias(alibi, len(call.p), rows, keys)
             found["alibi"] = own if alibi.dim() == 4 else own.flatten(0, 1)

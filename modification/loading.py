@@ -17,7 +17,7 @@ from modification.architectures import FAMILIES, PREFIX, structured
 from modification.config import MoDConfig
 from modification.errors import LoadError, first_line, out_of_memory
 from modification.hub import Progress, fetch
-from modification.integrity import check_files, check_fit, check_loaded, check_sizes
+from modification.integrity import check_files, check_fit, check_loaded, check_sizes, header_of
 from modification.model import MoDModel, convert, register_family
 
 ADAPTER = "adapter"  # folder within a model's that holds a low-rank change of its weights
@@ -99,8 +99,8 @@ def load_dense_or_mod(
     _put_on_adapter(model, source)
     check_loaded(str(path_or_hub_id), model, tokenizer)
     model.eval()
-    if quantization is not None:
-        _try_quantized(model, quantization)
+    if quantization is not None or getattr(config, "quantization_config", None):
+        _try_quantized(model, quantization or "quantised")
     return model, tokenizer
 
 
@@ -150,12 +150,26 @@ def _put_on_adapter(model: Any, source: str) -> None:
         return
     if not (folder / "adapter_model.safetensors").is_file():
         raise LoadError(f"{folder} holds no adapter_model.safetensors; other formats are not read")
-    try:
-        model.load_adapter(str(folder))
-    except ImportError:
-        raise LoadError(f"{folder} holds an adapter, and reading it needs peft: pip install peft") from None
-    except Exception as error:
-        raise LoadError(f"{folder} could not be read: {first_line(error)}") from error
+    with _sentence(f"{folder} could not be read"):
+        held = {_adapted(name) for name in header_of(folder / "adapter_model.safetensors")}
+        targets = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("target_modules")
+        if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+            raise LoadError(f"{folder / 'adapter_config.json'} must list its target_modules by name")
+        try:
+            model.load_adapter(str(folder))
+        except ImportError:
+            raise LoadError(f"{folder} holds an adapter, and reading it needs peft: pip install peft") from None
+    wanted = {_adapted(name) for name, _ in model.named_parameters() if ".lora_" in name}
+    if odd := sorted(wanted ^ held):
+        raise LoadError(
+            f"{folder} has {len(held)} tensors and the model takes {len(wanted)}; {odd[0][:80]} is on one side alone: "
+            "it is incomplete, or another model's"
+        )
+
+
+def _adapted(name: str) -> str:
+    """A tensor of an adapter, in its file or in the model, by one name."""
+    return name.removeprefix("base_model.model.").replace(".default.", ".")
 
 
 def _try_quantized(model: Any, quantization: str) -> None:

@@ -221,7 +221,7 @@ class MoDModel(PreTrainedModel, GenerationMixin):
 def thresholds(p: Thresholds, batch: int, layers: int, device: torch.device) -> Tensor:
     """``p`` as one threshold per row, [B, 1], or per row and MoD layer, [B, M]; float32, validated."""
     if isinstance(p, (int, float)):
-        return torch.full((batch, 1), check_threshold(p), device=device)
+        return torch.full((batch, 1), check_threshold(p), dtype=torch.float32, device=device)
     values = torch.as_tensor(p, dtype=torch.float32, device=device)
     if values.dim() < 2:
         values = values.reshape(-1, 1)

@@ -90,7 +90,7 @@ class RoutingCall:
     ) -> None:
         self.config, self.p, self.path, self.columns, self.kernel = config, p, path, columns, kernel
         self.order, self.valid, self.anchored, self.rule, self.record = order, valid, anchored, rule, record
-        self.dial = torch.tensor(config.dial, device=p.device) if config.dial else None
+        self.dial = torch.tensor(config.dial, dtype=torch.float32, device=p.device) if config.dial else None
         self.documents: Tensor | None = None
         self.between: Tensor | None = None
         self.scores: dict[int, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -16,8 +17,8 @@ class StandIn:
     """Serves ``folder`` as ``who/model`` on loopback; ``mode`` says how.
 
     Attributes:
-        mode: "well"; "error" (500); "nonsense" (HTML with status 200); "hang" (no answer); "gone" (404);
-            "cut" (weights break off in the middle); "slow" (weights come in small pieces).
+        mode: "well"; "error" (500); "nonsense" (HTML with status 200); "hang" (no answer); "trickle" (a byte at times);
+            "gone" (404); "cut" (weights break off in the middle); "slow" (weights come in small pieces).
         seen: method, path and range of every request.
     """
 
@@ -62,6 +63,14 @@ class StandIn:
                     return self.give(500, b"broken", {}, body)
                 if hub.mode == "nonsense":
                     return self.give(200, b"<html>Welcome to the hotel's network</html>", {}, body)
+                if hub.mode == "trickle":
+                    self.start(200, 10_000, {"Content-Type": "application/json"})
+                    with contextlib.suppress(OSError):
+                        for _ in range(200):
+                            self.wfile.write(b" ")
+                            self.wfile.flush()
+                            time.sleep(0.2)
+                    return None
                 if self.path.startswith(f"/api/models/{hub.name}") and hub.mode != "gone":
                     return self.give(200, json.dumps(hub.info()).encode(), {"Content-Type": "application/json"}, body)
                 found = hub.folder / self.path.rpartition("/")[2]
@@ -79,7 +88,7 @@ class StandIn:
                     headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
                 part = data[start:]
                 weights = path.suffix == ".safetensors"
-                if body and weights and hub.mode == "cut" and not start:
+                if body and weights and hub.mode == "cut" and not start and data:
                     self.start(200, len(part), headers)
                     self.wfile.write(part[: len(part) // 2])
                     self.wfile.flush()

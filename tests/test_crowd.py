@@ -145,6 +145,27 @@ def test_kept_caches_count_while_their_next_message_waits(folder):
             assert service.talks.store.held() == held
 
 
+@pytest.mark.parametrize("others", [0, 3])
+def test_a_chat_goes_on_where_memory_is_short(folder, others):
+    """What its own caches hold is within what its next message needs; what other chats hold is emptied, those in line
+    too."""
+    probe = Service({"tiny": folder}, limits=Limits(frame=0.0))
+    wanted = request(1, max_new_tokens=20)
+    list(probe.talks.chat("one", ("tiny", "tiny"), 0.3, wanted))
+    conversation, model = probe.talks.store.of("one"), probe.open("tiny")
+    need = conversation.need((model, model), wanted.prompt, 20)
+    service = Service({"tiny": folder}, limits=Limits(running=8, frame=0.0, cache_bytes=int(1.1 * need)))
+    names = [f"chat {at}" for at in range(1 + others)]
+    for _ in range(2):
+        with ThreadPoolExecutor(len(names)) as pool:
+            chats = [pool.submit(lambda name: list(service.talks.chat(name, ("tiny", "tiny"), 0.3, wanted)), name)
+                     for name in names]
+            assert all(chat.result(timeout=60)[-1].tape for chat in chats)
+    assert all(len(service.talks.turns(name)) == 2 for name in names)
+    assert service.desk.turnstile.count() == (0, 0)
+    assert service.talks.store.held() <= service.limits.cache_bytes
+
+
 def test_who_leaves_a_sweep_keeps_its_place_until_the_work_has_noticed(folder):
     """So that leaving and coming again does not pile work up."""
     service = Service({"tiny": folder}, limits=Limits(running=1, frame=0.0))

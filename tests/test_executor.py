@@ -166,6 +166,30 @@ def test_without_routers_it_is_the_dense_parent(variant):
     assert scores.shape == routed.shape == (0, 30)
 
 
+@pytest.mark.parametrize("how", ["native", "torch", "stock"])
+def test_the_default_type_changes_nothing(how):
+    """Loading a model sets torch's default type for the whole process; runs of others go on meanwhile."""
+    model = mod_model("llama")
+    executor = Stock(model, "test") if how == "stock" else fast(model, how)
+
+    def made():
+        cache = model.new_cache()
+        first = executor.prefill(tokens(1, 9)[0], cache, 0.5)
+        later = [executor.decode([token], [cache], [0.5]) for token in (3, 5, 7)]
+        return [(one.logits.clone(), one.scores, one.routed) for one in (first, *later)]
+
+    before = made()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        during = made()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for (logits, scores, routed), (again, scores_again, routed_again) in zip(before, during, strict=True):
+        assert torch.equal(logits, again)
+        assert np.array_equal(scores, scores_again)
+        assert np.array_equal(routed, routed_again)
+
+
 def test_torch_compile_changes_nothing():
     """The path for CUDA, on a CPU."""
     model, ids = mod_model("llama"), tokens(1, 12)

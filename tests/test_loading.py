@@ -260,7 +260,29 @@ def test_weights_of_another_shape_are_refused(folder):
 def test_a_config_that_builds_no_model_is_refused(folder, changes):
     """Values that transformers itself can't use."""
     edit_config(folder, **changes)
-    refused(folder, "could not be loaded|does not describe a model")
+    refused(folder, "could not be loaded|does not describe a model|must be 1 or more")
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"max_position_embeddings": -3}, "max_position_embeddings = -3: it must be 1 or more"),
+    ({"attn_implementation": "evil/kernel"}, "kernels are not fetched"),
+    ({"_attn_implementation": "evil/kernel@main"}, "kernels are not fetched"),
+    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "can't run|could not be loaded"),
+])
+def test_a_config_that_would_mislead_is_refused(folder, changes, sentence):
+    """Values that load, and then break a run or fetch code."""
+    edit_config(folder, **changes)
+    refused(folder, sentence)
+
+
+def test_a_word_that_the_model_has_no_weights_for_is_refused(folder):
+    """A token that ordinary text would be split into."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    word = {"id": 5000, "content": "cat", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True,
+            "special": False}
+    path.write_text(json.dumps({**tokenizer, "added_tokens": [*tokenizer["added_tokens"], word]}))
+    refused(folder, r"the tokenizer has [\d,]+ tokens and the model 97")
 
 
 def test_a_missing_tokenizer_is_refused(tmp_path):

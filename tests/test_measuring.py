@@ -67,7 +67,8 @@ def test_a_sweep_left_early_frees_its_place(service):
 
 
 @pytest.mark.parametrize(("text", "grid", "sentence"), [
-    ("short", [0.5], "at least 32"), (TEXT, [], "one or more numbers"), (TEXT, [1.5], "from 0 to 1"),
+    ("short", [0.5], "at least 32"), ("x" * 400_001, [0.5], "at most 400,000 characters"),
+    (TEXT, [], "one or more numbers"), (TEXT, [1.5], "from 0 to 1"),
 ])
 def test_a_bad_sweep_is_a_sentence(service, text, grid, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -220,7 +221,8 @@ def test_time_and_memory_are_estimated_beforehand(service, text):
 
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"name": "../x"}, "no name for a model folder"), ({"name": ""}, "no name"), ({"data": "/no/such"}, "no text file"),
-    ({"data": "x" * 5000}, "no path"), ({"data": "a\0b"}, "no path"), ({"parent": "x" * 5000}, "no path"),
+    ({"data": "x" * 5000}, "no path"), ({"data": "a\0b"}, "no path"),
+    ({"parent": "x" * 5000}, "at most 4,096 characters"),
     ({"tokens": 10}, "give at least"), ({"parent": "--help"}, "neither a folder"),
 ])
 def test_a_plan_that_will_not_do_is_a_sentence(service, text, changes, sentence):

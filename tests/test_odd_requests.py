@@ -19,7 +19,8 @@ from starlette.middleware import Middleware
 from talkers import talker
 
 from app import ui
-from app.service import Limits, Service
+from app.calls import Calls
+from app.service import Limits, Request, Service
 from app.tabs import benchmark, chat, explore, sweep
 from app.tabs.shared import OOPS
 from app.web import Guard
@@ -111,7 +112,7 @@ def address(service):
     demo = ui.build(service)
     _, url, _ = demo.launch(
         server_port=None, prevent_thread_lock=True, quiet=True, max_file_size=service.limits.file_bytes,
-        app_kwargs={"middleware": [Middleware(Guard, service=service)]},
+        app_kwargs={"middleware": [Middleware(Guard, service=service, calls=Calls(demo))]},
     )
     yield url.rstrip("/")
     demo.close(verbose=False)
@@ -206,6 +207,30 @@ def test_odd_requests_over_http(address, service):
     assert service.desk.turnstile.count() == (0, 0)
 
 
+def test_nobody_moves_the_p_of_a_programs_run(service, monkeypatch):
+    """Its dial has a name that nobody can think of; two runs of one address share none."""
+    names, hold = [], service.dials.hold
+    monkeypatch.setattr(service.dials, "hold", lambda name, dial: names.append(name) or hold(name, dial))
+    for _ in range(2):
+        service.generate(0.5, Request("Hello", "tiny-MoD", 3), "api-127.0.0.1")
+    assert len(set(names)) == 2
+    assert not any("127.0.0.1" in name or len(name) < 30 for name in names)
+
+
+@pytest.mark.parametrize(("path", "call", "sentence"), [
+    ("call/generate", {"data": ["a secret text"]}, "takes 9 values, and 1 came"),
+    ("call/nothing", {"data": ["a secret text"]}, "no endpoint nothing"),
+    ("queue/join", {"data": ["a secret text"], "fn_index": 99999, "session_hash": "s"}, "no endpoint number 99999"),
+    ("run/predict", {"data": ["a secret text"] * 40, "fn_index": -1}, "no endpoint number -1"),
+])
+def test_calls_that_do_not_fit_are_told_so_and_leave_no_text_in_the_log(address, capfd, path, call, sentence):
+    """Gradio would write them there, values and all."""
+    answer = httpx.post(f"{address}/gradio_api/{path}", json=call, timeout=20)
+    assert answer.status_code == 422
+    assert sentence in answer.text
+    assert "a secret text" not in "".join(capfd.readouterr())
+
+
 def test_who_leaves_while_gradio_hands_out_work_stops_nobody(service):
     """A session whose messages are gone and whose request is still in line, as when a visitor leaves just then."""
     demo = ui.build(service)
@@ -223,6 +248,18 @@ def test_who_leaves_while_gradio_hands_out_work_stops_nobody(service):
         assert not queue.stopped
     finally:
         demo.close(verbose=False)
+
+
+def test_uploads_do_not_fill_the_disk(address, service, monkeypatch, tmp_path):
+    """What is kept is bounded, whoever sends it."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    for _ in range(2):
+        assert httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.txt", b"x" * 1000)}).status_code == 200
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(50 * service.limits.file_bytes)
+    refused = httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.txt", b"x" * 1000)})
+    assert refused.status_code == 507
+    assert "no room for uploads" in refused.text
 
 
 def test_what_is_too_long_is_refused_unread(address, service):

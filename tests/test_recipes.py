@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from builders import assert_close, dense_model, mod_model, routers, tiny_tokenizer, tokens
+from safetensors.torch import load_file, save_file
 
 from modification import MoDConfig, convert, load
 from modification.conversion import layers as choosing
@@ -24,6 +25,7 @@ from modification.conversion.objectives import (
 from modification.conversion.recipes import RECIPES, Recipe, default_lr, named
 from modification.conversion.train import train
 from modification.conversion.trainer import Mixing, Steering
+from modification.errors import LoadError
 from modification.measure.quality import evaluate, reference_of
 from modification.measure.report import record, rows_of, table
 from modification.routing import top_share
@@ -192,6 +194,22 @@ def test_a_kept_adapter_lies_beside_an_untouched_parent_and_is_put_on_when_loade
     again, _ = load(out)
     assert evaluate(again, blocks[:4], 0.5).loss == pytest.approx(rows[5].quality.loss, abs=1e-5)
     assert evaluate(model.eval(), blocks[:4], 0.5).loss != pytest.approx(rows[5].quality.loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("harm", ["half", "other", "pattern"])
+def test_an_adapter_that_is_not_whole_is_refused(blocks, tmp_path, harm):
+    """Half of its tensors, another model's, or targets that only a search through all names would find."""
+    out = tmp_path / "out"
+    run(named("any-p", tune="lora", **SMALL), blocks, out, keep_adapter=True)
+    weights, config = out / "adapter" / "adapter_model.safetensors", out / "adapter" / "adapter_config.json"
+    held = load_file(weights)
+    if harm == "pattern":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "target_modules": "(a+)+b"}))
+    else:
+        kept = sorted(held)[: len(held) // 2] if harm == "half" else []
+        save_file({name: held[name] for name in kept} or {"other.weight": torch.zeros(2)}, weights)
+    with pytest.raises(LoadError, match=r"incomplete, or another model's|must list its target_modules"):
+        load(out)
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(blocks, tmp_path):

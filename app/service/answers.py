@@ -6,13 +6,12 @@ A side's next turn prefills its new tokens alone: the rest is in its cache.
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Iterator
 
 from app.service.conversations import Conversation, Side, Turn, messages_of
 from app.service.dials import Dial
-from app.service.jobs import Finished, Report, batches
+from app.service.jobs import Finished, Mailbox, Report, batches
 from app.service.loaded import Loaded
 from app.service.pieces import PieceReader
 from app.service.requests import Limits, Request
@@ -21,27 +20,32 @@ from app.talk import SideFigures
 from modification import Step
 
 
-def answer(
+def begin(
     conversation: Conversation, models: tuple[Loaded, Loaded], message: str, dials: tuple[Dial, Dial],
     request: Request, limits: Limits,
-) -> Iterator[str]:
-    """Both models answer ``message``, a token of each in turn; the growing tape of the conversation.
-
-    Leaving early keeps what was said so far.
+) -> list[Answer]:
+    """Both models' answers to ``message``, ready to be made.
 
     Raises:
         UserError: a setting out of bounds, or a conversation that fills a model's context.
     """
     _seat(conversation, models)
-    tape, turn = conversation.tape, Turn(message)
-    sides = [
-        _Answer(thread, messages_of(conversation.turns, at, message), dial, request, limits)
+    return [
+        Answer(thread, messages_of(conversation.turns, at, message), dial, request, limits)
         for at, (thread, dial) in enumerate(zip(conversation.threads, dials, strict=True))
     ]
+
+
+def told(conversation: Conversation, message: str, sides: list[Answer], box: Mailbox, frame: float) -> Iterator[str]:
+    """What ``in_turn`` reports, written into the conversation: its growing tape.
+
+    Leaving early keeps what was said so far.
+    """
+    tape, turn = conversation.tape, Turn(message)
     conversation.turns.append(turn)
     tape.ask(message)
     try:
-        with contextlib.closing(batches(functools.partial(_in_turn, sides), limits.frame)) as made:
+        with contextlib.closing(batches(box, frame)) as made:
             for batch in made:
                 for at, step, seconds in (one for one in batch if not isinstance(one, Finished)):
                     piece = sides[at].take(step, seconds)
@@ -64,7 +68,7 @@ def answer(
     yield tape.text
 
 
-def _in_turn(sides: list[_Answer], report: Report) -> None:
+def in_turn(sides: list[Answer], report: Report) -> None:
     """A step of each side in turn, with its own seconds; None when a side has come to its end."""
     going = list(enumerate(sides))
     try:
@@ -90,7 +94,7 @@ def _seat(conversation: Conversation, models: tuple[Loaded, Loaded]) -> None:
             conversation.threads[at] = Side(loaded, loaded.model.new_cache())
 
 
-class _Answer:
+class Answer:
     """One model's answer under way."""
 
     def __init__(
@@ -123,6 +127,10 @@ class _Answer:
         piece = self.reader.read(step.token)
         self.text += piece.text
         return "" if piece.special else piece.text
+
+    def counts(self) -> tuple[int, int, int]:
+        """New tokens, (MoD layer, token) pairs that ran, and all of them."""
+        return len(self.tokens), self.ran, self.scored
 
     def figures(self) -> SideFigures:
         """What is known of the answer so far."""

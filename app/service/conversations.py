@@ -68,7 +68,8 @@ class Conversation:
     Attributes:
         names: the two models' names, in the order shown.
         tape: all turns as the page shows them.
-        busy: held while an answer is being made or a turn taken back.
+        busy: held while an answer waits or is being made, or a turn is taken back.
+        filling: held while its caches are in use: not while its request waits.
         closed: whether the caches go as soon as it is not busy.
         inside: whether its request has got its place, and its caches count as promised.
     """
@@ -81,6 +82,7 @@ class Conversation:
     busy: threading.Lock = field(default_factory=threading.Lock)
     closed: bool = False
     inside: bool = False
+    filling: threading.Lock = field(default_factory=threading.Lock)
 
     @contextlib.contextmanager
     def alone(self, patience: float = 0.0) -> Iterator[None]:
@@ -97,12 +99,25 @@ class Conversation:
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Its caches count as its request's meanwhile, and not as kept."""
-        self.inside = True
+        """Its caches are in use meanwhile, and count as its request's, not as kept."""
+        with self.filling:
+            self.inside = True
+            try:
+                yield
+            finally:
+                self.inside = False
+
+    def empty(self) -> int:
+        """Free what the caches hold, unless they are in use; bytes that were freed. What was said is read again."""
+        if not self.filling.acquire(blocking=False):
+            return 0
         try:
-            yield
+            freed = self.allocated()
+            for thread in self.threads:
+                thread.close()
+            return freed
         finally:
-            self.inside = False
+            self.filling.release()
 
     def cut(self, turns: int) -> None:
         """Take back all turns but so many."""
@@ -171,15 +186,14 @@ class Conversations:
         return sum(one.allocated() for one in outside)
 
     def relieve(self, wanted: int) -> None:
-        """Close quiet conversations, the least recently used first, until so many bytes are free."""
+        """Empty caches until so many bytes are free: those of quiet conversations first, the least recently used
+        before others, then those of conversations whose next message waits."""
         with self._table:
-            quiet = sorted(((one.used, name) for name, one in self._open.items() if not one.busy.locked()))
-        for _, name in quiet:
+            open_now = sorted(self._open.values(), key=lambda one: (one.busy.locked(), one.used))
+        for one in open_now:
             if wanted <= 0:
                 return
-            if (found := self.of(name)) is not None:
-                wanted -= found.allocated()
-                self.close(name)
+            wanted -= one.empty()
 
     def close(self, session: str) -> None:
         """Forget a session's conversation and free its caches."""

@@ -53,18 +53,21 @@ class Desk:
                 self._active.discard(mark)
 
     @contextlib.contextmanager
-    def place(self, user: str = "", need: int = 0) -> Iterator[Iterator[Update]]:
+    def place(
+        self, user: str = "", need: int = 0, own: Callable[[], int] = lambda: 0
+    ) -> Iterator[Iterator[Update]]:
         """A place to work; the iterator within tells how many are ahead, until it is this one's turn.
 
         Args:
             user: whose request it is; empty where nobody's share is counted.
             need: bytes of keys and values that it may come to.
+            own: those of them that are held for it already.
 
         Raises:
             UserError: no place for it, now or ever.
         """
         ticket = object()
-        self.turnstile.join(ticket, user, need)
+        self.turnstile.join(ticket, user, need, own)
 
         def line() -> Iterator[Update]:
             while (ahead := self.turnstile.wait(ticket, _BEAT)) is not None:

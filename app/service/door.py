@@ -140,8 +140,9 @@ class Service:
         """Move a session's dial: its run in progress, if any, reads it at the next token."""
         return self.dials.move(session, p, shifts)
 
-    def run(self, session: str, p: float, request: Request) -> Iterator[Update]:
-        """Generate: places in the queue first, then a tape that grows token by token.
+    def run(self, session: str, p: float, request: Request, user: str = "") -> Iterator[Update]:
+        """Generate: places in the queue first, then a tape that grows token by token. ``user``: whose request it is,
+        if not the session's.
 
         Raises:
             UserError: an empty or overlong prompt, a model that can't be loaded, a full queue.
@@ -152,7 +153,7 @@ class Service:
             yield from loading(self.library, request.model)
             with self.library.lend(request.model) as loaded, self.dials.hold(session, dial):
                 run = prepare(loaded, prompt, request, self.limits)
-                with self.desk.place(session, run.need) as line:
+                with self.desk.place(user or session, run.need) as line:
                     yield from line
                     yield from self._counted(stream_tape(run, dial, request, self.limits))
 
@@ -169,7 +170,7 @@ class Service:
     def generate(self, p: float, request: Request, user: str = "") -> dict[str, Any]:
         """A whole run for a program: its text and last figures; see :meth:`run`."""
         tape = ""
-        for update in self.run(user or f"api-{secrets.token_hex(8)}", p, request):
+        for update in self.run(f"run-{secrets.token_hex(16)}", p, request, user):  # nobody else may move its p
             tape = update.tape or tape
         return summary(tape)
 

@@ -5,6 +5,7 @@ Decoding too: its kernels run outside Python's lock, so that a page's messages a
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -126,3 +127,18 @@ def in_thread(work: Callable[[Report], Any]) -> Mailbox:
 
     threading.Thread(target=go, daemon=True).start()
     return box
+
+
+def once_ended(box: Mailbox, held: contextlib.ExitStack) -> Callable[..., None]:
+    """An exit that gives back what is held, now or when the work behind a mailbox has come to its end."""
+    def wait() -> None:
+        box.ended.wait()
+        held.close()
+
+    def leave(*error: Any) -> None:
+        if box.ended.is_set():
+            held.close()
+        else:
+            threading.Thread(target=wait, daemon=True).start()
+
+    return leave

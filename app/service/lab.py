@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from app.service import measuring
 from app.service.desk import Desk
-from app.service.jobs import Finished, Mailbox, Report, in_thread, one_by_one
+from app.service.jobs import Finished, Report, in_thread, once_ended, one_by_one
 from app.service.library import Library
 from app.service.loaded import Loaded
 from app.service.paths import check_folder_within, real
@@ -64,7 +63,7 @@ class Lab:
             loaded = kept.enter_context(self.library.lend(model))
             dense = kept.enter_context(self.library.lend(parent)) if parent else None
             box = in_thread(lambda report: work(loaded, dense, report))
-            kept.push(_once_ended(box, kept.pop_all()))
+            kept.push(once_ended(box, kept.pop_all()))
             for found in kept.enter_context(contextlib.closing(one_by_one(box))):
                 if found is not None:
                     yield Update(result=found.value if isinstance(found, Finished) else found)
@@ -75,7 +74,7 @@ class Lab:
         """Cost of any shape on paper; UserError says what is out of bounds."""
         listed = self.library.listed.get(source.strip())
         anything = self.limits.free_models or listed is not None
-        if listed is None and real(source.strip()).exists():
+        if listed is None and anything and real(source.strip()).exists():
             check_folder_within(source.strip(), self.limits.folders)
         return measuring.estimate_config(
             source.strip() if listed is None else str(listed), context, batch, load, dtype, layers, device, anything
@@ -88,18 +87,3 @@ class Lab:
     def devices(self) -> list[str]:
         """Devices that estimates know."""
         return measuring.known_devices()
-
-
-def _once_ended(box: Mailbox, held: contextlib.ExitStack) -> Callable[..., None]:
-    """An exit that gives back what is held, now or when the work behind a mailbox has come to its end."""
-    def wait() -> None:
-        box.ended.wait()
-        held.close()
-
-    def leave(*error: Any) -> None:
-        if box.ended.is_set():
-            held.close()
-        else:
-            threading.Thread(target=wait, daemon=True).start()
-
-    return leave

@@ -26,6 +26,7 @@ from modification.loading import HUB_ID, as_mod, check_folder, load_dense_or_mod
 from modification.measure.cost import ModelShape
 from modification.measure.memory import available_bytes, weight_bytes
 
+_NAME = 4096  # characters of a name: as many as a path may have
 _BEAT = 0.25  # seconds between two looks at a load
 _LOAD_ROOM = 1.2  # files are read into buffers beside the weights
 
@@ -112,6 +113,8 @@ class Library:
         key = name.strip() if isinstance(name, str) else ""
         if not key:
             raise UserError("Choose a model, or type the path of a model folder.")
+        if len(key) > _NAME:
+            raise UserError(f"A model's name has at most {_NAME:,} characters; this one has {len(key):,}.")
         source, options = parse(key)
         if parse(options.label(source)) != (source, options):
             raise UserError(f"{key[:80]} is no name of a model: give brackets once, at the end.")
@@ -170,8 +173,9 @@ class Library:
 
     def _work(self, key: str, job: _Job) -> None:
         try:
+            place = self._fetch(key, job)  # a download keeps no other load waiting
             with self._turn:
-                self._put(key, self._load(key, job))
+                self._put(key, self._load(key, place))
         except Exception as error:
             sentence = sentence_of(error)
             job.error = sentence or f"{key} could not be loaded: {type(error).__name__}."
@@ -200,11 +204,17 @@ class Library:
             torch.cuda.empty_cache()
         return len(spare)
 
-    def _load(self, key: str, job: _Job) -> Loaded:
+    def _fetch(self, key: str, job: _Job) -> str:
+        """The model's folder, downloaded if need be."""
+        source, _ = parse(key)
+        shown = str(self.listed.get(source, source))
+        with _about(shown, source):
+            return on_disk(shown, progress=job.fetched)
+
+    def _load(self, key: str, place: str) -> Loaded:
         source, options = parse(key)
         shown = str(self.listed.get(source, source))
-        try:
-            place = on_disk(shown, progress=job.fetched)
+        with _about(shown, source):
             taken, free = _needs(place, options)
             if taken > free and self._let_go():
                 taken, free = _needs(place, options)
@@ -223,8 +233,6 @@ class Library:
             return Loaded(
                 options.label(source), model, tokenizer, ModelShape.of(model), trained, shown, zero=self.zero
             )
-        except ValueError as error:  # LoadError and ConversionError are sentences too
-            raise UserError(str(error).replace(f"{Path(shown)}", source)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +257,15 @@ class _Job:
         self.here, self.total = here, total
         if not self.readers:
             raise UserError("The download was stopped. What is here already is kept: load the model again to go on.")
+
+
+@contextlib.contextmanager
+def _about(shown: str, source: str) -> Iterator[None]:
+    """What is wrong with a model, as a sentence that calls it what the user called it."""
+    try:
+        yield
+    except ValueError as error:  # LoadError and ConversionError are sentences too
+        raise UserError(str(error).replace(f"{Path(shown)}", source)) from error
 
 
 def _needs(place: str, options: Options) -> tuple[int, int]:

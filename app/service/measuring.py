@@ -78,6 +78,8 @@ def sweep_text(
 
 
 def _blocks(loaded: Loaded, text: str, limits: Limits) -> Any:
+    if not isinstance(text, str) or len(text) > limits.text_characters:  # before anything looks at it
+        raise UserError(f"A sweep reads a text of at most {limits.text_characters:,} characters. Shorten it.")
     ids = list(loaded.tokenizer(text)["input_ids"])
     if len(ids) < LEAST_TOKENS:
         raise UserError(f"The text has {len(ids)} tokens; a sweep wants at least {LEAST_TOKENS}. Give more text.")

@@ -27,7 +27,7 @@ class Limits:
         models: models held in memory.
         idle: seconds after which a model that nobody uses is unloaded.
         chats: conversations whose caches are kept; the least recent goes first.
-        text_tokens: longest text of a sweep.
+        text_characters, text_tokens: longest text of a sweep, before and after it is split into tokens.
         thresholds: most of a sweep.
         file_bytes: largest file that can be uploaded.
         body_bytes: longest HTTP request that is no upload.
@@ -48,6 +48,7 @@ class Limits:
     models: int = 3
     idle: float = 900.0
     chats: int = 16
+    text_characters: int = 400_000
     text_tokens: int = 32_768
     thresholds: int = 101
     file_bytes: int = 20_000_000

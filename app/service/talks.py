@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
 from collections.abc import Iterator
 from typing import Any
 
-from app.service.answers import answer
+from app.service.answers import begin, in_turn, told
 from app.service.conversations import Conversation, Conversations
 from app.service.desk import Desk
 from app.service.dials import Dial, Dials
+from app.service.jobs import in_thread, once_ended
 from app.service.library import Library
 from app.service.loaded import Loaded
 from app.service.requests import Limits, Request
@@ -56,11 +58,17 @@ class Talks:
             kept.enter_context(conversation.alone(_PATIENCE))
             kept.enter_context(self.dials.hold(f"{session}/chat", dial))
             need = conversation.need(sides, message, min(request.max_new_tokens, self.limits.new_tokens), turns)
-            yield from kept.enter_context(self.desk.place(user or session, need))
+            yield from kept.enter_context(self.desk.place(user or session, need, conversation.allocated))
             kept.enter_context(conversation.counted())
             if turns is not None:
                 conversation.cut(turns)
-            for tape in answer(conversation, sides, message, dials, request, self.limits):
+            answers = begin(conversation, sides, message, dials, request, self.limits)
+            box = in_thread(functools.partial(in_turn, answers))
+            kept.push(once_ended(box, kept.pop_all()))  # the caches are in use until then
+            tapes = told(conversation, message, answers, box, self.limits.frame)
+            for each in answers:
+                kept.callback(lambda one=each: self.desk.metrics.routed(*one.counts()))
+            for tape in kept.enter_context(contextlib.closing(tapes)):
                 yield Update(tape=tape)
 
     def tape(self, session: str) -> str:

@@ -16,6 +16,7 @@ from app.errors import UserError
 class _Ask:
     user: str
     need: int
+    own: Callable[[], int]
 
 
 class Turnstile:
@@ -41,8 +42,9 @@ class Turnstile:
         self._asks: dict[object, _Ask] = {}
         self._changed = threading.Condition()
 
-    def join(self, ticket: object, user: str = "", need: int = 0) -> None:
-        """Take a place in line for something that needs so many bytes.
+    def join(self, ticket: object, user: str = "", need: int = 0, own: Callable[[], int] = lambda: 0) -> None:
+        """Take a place in line for something that needs so many bytes, those that it holds already (``own``) among
+        them.
 
         Raises:
             UserError: the line is full, the user has enough requests, or memory would never do.
@@ -63,7 +65,7 @@ class Turnstile:
             if len(self._line) >= self._waiting + self._open_places():
                 raise UserError(f"The queue is full ({self._waiting} waiting). Please try again in a minute.")
             self._line.append(ticket)
-            self._asks[ticket] = _Ask(user, need)
+            self._asks[ticket] = _Ask(user, need, own)
 
     def wait(self, ticket: object, seconds: float) -> int | None:
         """None once the ticket is inside; after ``seconds`` in line, how many are ahead."""
@@ -96,20 +98,24 @@ class Turnstile:
 
     def _open_places(self) -> int:
         """Places that those in line are about to take; none while memory keeps the first of them waiting."""
-        if self._line and not self._fits(self._asks[self._line[0]].need):
+        if self._line and not self._fits(self._asks[self._line[0]]):
             return 0
         return max(0, self._size - len(self._inside))
 
     def _may_enter(self, ticket: object) -> bool:
-        return len(self._inside) < self._size and self._line[0] is ticket and self._fits(self._asks[ticket].need)
+        return len(self._inside) < self._size and self._line[0] is ticket and self._fits(self._asks[ticket])
 
-    def _fits(self, need: int) -> bool:
-        if self._room is None or not need:
+    def _fits(self, asked: _Ask) -> bool:
+        if self._room is None or not asked.need:
             return True
-        promised = need + sum(ask.need for ask in self._inside.values())
-        if (short := promised + self._held() - self._room) > 0 and promised <= self._room:
+        promised = asked.need + sum(ask.need for ask in self._inside.values())
+        if (short := self._short(asked, promised)) > 0 and promised <= self._room:
             self._relieve(short)
-        return promised + self._held() <= self._room
+        return self._short(asked, promised) <= 0
+
+    def _short(self, asked: _Ask, promised: int) -> int:
+        """Bytes that are missing; what is held of its own is within its need."""
+        return promised + max(0, self._held() - asked.own()) - (self._room or 0)
 
 
 class FairLock:

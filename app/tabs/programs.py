@@ -10,6 +10,7 @@ import gradio as gr
 
 from app.errors import UserError
 from app.service import Request, Service
+from app.service.requests import number, whole
 from app.tabs.chat import dense_side
 from app.tabs.shared import sentences
 
@@ -21,7 +22,15 @@ def build(service: Service) -> None:
 
 
 def _default(service: Service, model: str) -> str:
+    if not isinstance(model, str):
+        raise UserError("model has to be text: a listed name, a folder or owner/name.")
     return model or next(iter(service.names()), "")
+
+
+def _many(values: Any, what: str) -> list[Any]:
+    if not isinstance(values, list):
+        raise UserError(f"{what} has to be a list.")
+    return values
 
 
 def _user(request: gr.Request | None) -> str:
@@ -77,10 +86,11 @@ def _chat(service: Service) -> Any:
             sides (dense, mod), and per turn the message, both answers and their figures: tokens, speed and first
             (tokens per second, seconds), prefilled, load, and kv as bytes stored, allocated, and of the dense parent.
         """
-        name, session = _default(service, model), f"api-{secrets.token_hex(8)}"
+        session = f"run-{secrets.token_hex(16)}"
         try:
             with sentences("an endpoint"):
-                if not messages:
+                name = _default(service, model)
+                if not _many(messages, "messages"):
                     raise UserError("messages is empty: give at least one.")
                 pair = (dense_side(service, name, None), name)
                 for message in messages:
@@ -111,10 +121,12 @@ def _sweep(service: Service) -> Any:
             dense_loss (nats per token, measured), best_p (or null), and per p: loss, load, speed (measured), kv and
             compute as shares of dense (counted).
         """
-        name, grid = _default(service, model), thresholds or [round(0.1 * at, 1) for at in range(11)]
         found = None
         with sentences("an endpoint"):
-            for update in service.lab.sweep(name, service.parent_of(name), text, grid, within, _user(request)):
+            name, asked = _default(service, model), thresholds or [round(0.1 * at, 1) for at in range(11)]
+            grid = [number(p, "A threshold", 0.0, 1.0) for p in _many(asked, "thresholds")]
+            share = number(within, "within", -1.0, 1000.0)
+            for update in service.lab.sweep(name, service.parent_of(name), text, grid, share, _user(request)):
                 found = update.result if update.result is not None else found
         return {} if found is None else {
             "dense_loss": found.dense, "dense": found.parent, "tokens": found.tokens,
@@ -151,7 +163,10 @@ def _estimate(service: Service) -> Any:
             dense and mod, each with weights, kv and activations in bytes, FLOPs, bytes read and seconds.
         """
         with sentences("an endpoint"):
-            found = service.lab.estimate(config, context, batch, load, dtype, layers, device)
+            found = service.lab.estimate(
+                str(config)[:4096], whole(context, "context", 1), whole(batch, "batch", 1),
+                number(load, "load", 0.0, 1.0), *(str(word)[:80] for word in (dtype, layers, device)),
+            )
         return dataclasses.asdict(found)
 
     return estimate

@@ -58,7 +58,7 @@ def stacked_routers(blocks: Sequence[Block], width: int) -> tuple[Tensor, Tensor
     """Weights [M, W] and biases [M] of all routers, float32."""
     routers = [block.router for block in blocks if block.router is not None]
     if not routers:
-        return torch.empty(0, width), torch.empty(0)
+        return torch.empty(0, width, dtype=torch.float32), torch.empty(0, dtype=torch.float32)
     weights = torch.cat([router.weight.detach().float() for router in routers])
     return weights, torch.cat([router.bias.detach().float() for router in routers])
 

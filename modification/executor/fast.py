@@ -43,7 +43,7 @@ class Fast(Executor):
         self.rounded = (model.device.type, model.dtype) == ("cpu", torch.bfloat16)
         self.routers, self.biases = stacked_routers(blocks, model.config.hidden_size)
         dial = model.mod_config.dial
-        self.dial = torch.tensor(dial, device=model.device) if dial else None
+        self.dial = torch.tensor(dial, dtype=torch.float32, device=model.device) if dial else None
         self._project: Any = torch.compile(Block.project, dynamic=True) if compiled else Block.project
         self._finish: Any = torch.compile(Block.finish, dynamic=True) if compiled else Block.finish
 

@@ -145,7 +145,7 @@ class NativeDecoder:
 
     def _head(self, x: Tensor) -> Tensor:
         weight = self.head
-        out = torch.empty(len(x), len(weight))
+        out = torch.empty(len(x), len(weight), dtype=torch.float32)  # the default may be another during a load
         self.library.mod_head(
             self.norm.data_ptr(), weight.data_ptr(), ctypes.byref(self.shape), x.data_ptr(), len(x),
             len(weight), out.data_ptr(), torch.get_num_threads(),
