@@ -38,16 +38,14 @@ class Calls:
             return None
         if found is None or not isinstance(call, dict) or not isinstance(call.get("data"), list):
             return None
-        number, name = call.get("fn_index"), found["name"]
+        number, name = call.get("fn_index"), str(found["name"])[:80]
         if found["join"] or name == "predict":
-            takes = self._by_number.get(number) if isinstance(number, int) else None
-            name = f"number {str(number)[:20]}"
-        else:
-            takes = self._by_name.get(str(name))
-        if takes is None:
-            return f"There is no endpoint {str(name)[:80]}."
-        if len(call["data"]) not in takes:
-            return f"Endpoint {str(name)[:80]} takes {min(takes)} values, and {len(call['data'])} came."
+            # Numbers beyond these may be a session's own: controls that are made as it goes.
+            takes, name = self._by_number.get(number) if isinstance(number, int) else None, f"number {str(number)[:20]}"
+        elif (takes := self._by_name.get(name)) is None:
+            return f"There is no endpoint {name}."
+        if takes is not None and len(call["data"]) not in takes:
+            return f"Endpoint {name} takes {min(takes)} values, and {len(call['data'])} came."
         return None
 
 

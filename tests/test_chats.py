@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 from talkers import talker
@@ -210,3 +211,32 @@ def test_hostile_words_stay_one_json_line():
     tape.ask('</script><img src=x onerror=alert(1)>\n["e",0,"x"]')
     tape.say(0, '"]\n["d",0]')
     assert [record[0] for record in records(tape.text)] == ["h", "u", "t"]
+
+
+def test_a_chats_tokens_are_counted_and_its_place_is_kept_until_its_work_has_ended(service, monkeypatch):
+    """Left in the middle of a step, it holds place and caches until that step is over."""
+    turn = talk(service, "Hello")[0]
+    made = sum(figures["tokens"] for figures in turn["figures"])
+    assert f"mod_tokens_total {float(made)}" in service.metrics().decode()
+    inside, go_on, next_step = threading.Event(), threading.Event(), answers.next_step
+
+    def slow(steps, lock):
+        inside.set()
+        go_on.wait(30)
+        return next_step(steps, lock)
+
+    monkeypatch.setattr(answers, "next_step", slow)
+    run = service.talks.chat("two", PAIR, 0.5, request("Hello"))
+    reader = threading.Thread(target=lambda: next(run))
+    reader.start()
+    assert inside.wait(30)
+    monkeypatch.setattr(answers, "next_step", next_step)
+    reader.join(30)
+    run.close()
+    assert service.desk.turnstile.count() == (1, 0)
+    go_on.set()
+    until = time.monotonic() + 20
+    while service.desk.turnstile.count() != (0, 0) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert service.desk.turnstile.count() == (0, 0)
+    assert talk(service, "Again", session="two")[-1]["message"] == "Again"
