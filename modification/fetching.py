@@ -124,7 +124,10 @@ def _fetch(repository: str, at: int, name: str, revision: str | None) -> bool:
 
 
 def _list(repository: str, revision: str | None, patience: float) -> bool:
-    """Tell what files a repository has; whether that went well."""
+    """Tell what files a repository has; whether that went well. Twice ``patience`` seconds bound the whole of it."""
+    end = threading.Timer(2 * patience, os._exit, (1,))  # the library's own patience is for each read
+    end.daemon = True
+    end.start()
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=patience)
         files = {str(one.rfilename): int(one.size or 0) for one in info.siblings or []}

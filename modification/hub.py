@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from modification.errors import LoadError
 
 READ = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "README.md")
 
-_START = 10.0  # seconds that the process which fetches may take to start
 _CHILD = Path(__file__).with_name("fetching.py")
 
 Progress = Callable[[int, int], None]
@@ -45,7 +43,7 @@ def fetch(repository: str, revision: str | None = None, progress: Progress | Non
     """
     patience = float(constants.HF_HUB_ETAG_TIMEOUT)  # seconds, from the environment variable of that name
     asked = {"repository": repository, "revision": revision, "patience": patience}
-    with contextlib.closing(_told(asked, patience)) as said:
+    with contextlib.closing(_told(asked)) as said:
         listed: dict[str, Any] = next(said, {"error": "Timeout"})
     if (why := listed.get("error")) == "GatedRepoError":
         raise HubError(f"{repository} is gated: accept its terms on the Hub, and set HF_TOKEN")
@@ -98,8 +96,8 @@ def _download(
     return str(Path(place).parent.parent if "/" in names[-1] else Path(place).parent)
 
 
-def _told(asked: dict[str, Any], patience: float | None = None) -> Generator[dict[str, Any], None, None]:
-    """What a process that fetches says; it ends with whoever reads, or after its start and ``patience`` seconds."""
+def _told(asked: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+    """What a process that fetches says; it ends with whoever reads."""
     # Plain HTTP: a transfer by Xet tells its progress otherwise, and does not go on where it stopped.
     environment = {**os.environ, "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-c", "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')", str(_CHILD)]
@@ -108,15 +106,11 @@ def _told(asked: dict[str, Any], patience: float | None = None) -> Generator[dic
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
-        end = threading.Timer(_START + (patience or 0.0), child.kill)
-        if patience is not None:
-            end.start()
         try:
             child.stdin.write(json.dumps(asked))
             child.stdin.close()
             yield from map(json.loads, child.stdout)
         finally:
-            end.cancel()
             child.kill()
 
 

@@ -201,7 +201,7 @@ def check_loaded(source: str, model: Any, tokenizer: Any) -> None:
     known = model.get_input_embeddings().weight.shape[0]
     # Special tokens may lie beyond, for padding say; those that ordinary text is made of may not.
     added = [number + 1 for number, token in tokenizer.added_tokens_decoder.items() if not token.special]
-    if (given := max(int(tokenizer.vocab_size), *added, 0)) > known:
+    if (given := max([int(tokenizer.vocab_size), *added])) > known:
         raise Damaged(
             f"{source}: the tokenizer has {given:,} tokens and the model {known:,}: it is another model's"
         )

@@ -220,26 +220,6 @@ def test_a_teacher_of_another_vocabulary_is_refused(blocks, tmp_path):
         )
 
 
-def test_a_mod_model_goes_on_beside_its_dense_parent(blocks, tmp_path):
-    """From its own weights and settings, its dial taken off meanwhile; without the parent it is refused."""
-    recipe = named("any-p", **SMALL)
-    text = Text(blocks, blocks[:4])
-    model, first, _ = run(recipe, blocks, tmp_path / "first")
-    dial = model.mod_config.dial
-    with torch.enable_grad(), pytest.raises(ValueError, match="give that as the teacher"):
-        train(model, tiny_tokenizer(), MoDConfig(), recipe, text, tmp_path / "refused")
-    with torch.enable_grad():
-        longer = named("any-p", **{**SMALL, "tokens": 2 * SMALL["tokens"]})
-        second = train(
-            model, tiny_tokenizer(), MoDConfig(), longer, text, tmp_path / "second", None, dense_model("llama")
-        )
-    assert second[0].quality.loss < first[0].quality.loss, "it went on from there"
-    again, _ = load(tmp_path / "second")
-    assert again.mod_config.dial
-    assert again.mod_config.dial != dial
-    assert again.mod_layers == model.mod_layers
-
-
 @pytest.mark.parametrize(
     "changes", [{"hidden": 0.5}, {"paired": True}, {"paired": True, "hidden": 0.5}, {"path": "gathered"},
                 {"accumulate": 2}, {"checkpoint_activations": True}],

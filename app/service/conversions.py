@@ -233,7 +233,8 @@ def _progress(plan: Plan, out: Path, began: float, fresh: int) -> Progress:
 
 
 def _placed(parent: str) -> str:
-    return str(real(parent)) if real(parent).is_dir() else parent
+    place = real(parent)
+    return str(place) if place.is_dir() else parent
 
 
 def _last_words(output: Path) -> str:

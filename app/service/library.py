@@ -206,15 +206,21 @@ class Library:
 
     def _fetch(self, key: str, job: _Job) -> str:
         """The model's folder, downloaded if need be."""
-        source, _ = parse(key)
-        shown = str(self.listed.get(source, source))
-        with _about(shown, source):
+        with self._about(key) as (shown, _):
             return on_disk(shown, progress=job.fetched)
 
-    def _load(self, key: str, place: str) -> Loaded:
+    @contextlib.contextmanager
+    def _about(self, key: str) -> Iterator[tuple[str, Options]]:
+        """Where the model is, and its options; what is wrong with it is a sentence that calls it what the user did."""
         source, options = parse(key)
         shown = str(self.listed.get(source, source))
-        with _about(shown, source):
+        try:
+            yield shown, options
+        except ValueError as error:  # LoadError and ConversionError are sentences too
+            raise UserError(str(error).replace(f"{Path(shown)}", source)) from error
+
+    def _load(self, key: str, place: str) -> Loaded:
+        with self._about(key) as (shown, options):
             taken, free = _needs(place, options)
             if taken > free and self._let_go():
                 taken, free = _needs(place, options)
@@ -230,9 +236,7 @@ class Library:
             )
             trained, model = isinstance(found, MoDModel), as_mod(found)
             executor_of(model)  # compiled and checked now, not in the first run
-            return Loaded(
-                options.label(source), model, tokenizer, ModelShape.of(model), trained, shown, zero=self.zero
-            )
+            return Loaded(key, model, tokenizer, ModelShape.of(model), trained, shown, zero=self.zero)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,15 +261,6 @@ class _Job:
         self.here, self.total = here, total
         if not self.readers:
             raise UserError("The download was stopped. What is here already is kept: load the model again to go on.")
-
-
-@contextlib.contextmanager
-def _about(shown: str, source: str) -> Iterator[None]:
-    """What is wrong with a model, as a sentence that calls it what the user called it."""
-    try:
-        yield
-    except ValueError as error:  # LoadError and ConversionError are sentences too
-        raise UserError(str(error).replace(f"{Path(shown)}", source)) from error
 
 
 def _needs(place: str, options: Options) -> tuple[int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,18 +103,15 @@ def bench_model(
         if len(values) > most:
             raise UserError(f"{len(values):,} {name} are too many here: at most {most}.")
     # A dense model is held with routers of its own, for the other tabs: stock generate must not meet them.
-    dense, began = dense_twin((parent or loaded).model), time.monotonic()
+    dense = dense_twin((parent or loaded).model)
 
     def tell(done: str) -> None:
         """Between two timings: others' runs get the model for as long as this one had it."""
-        nonlocal began
         report(done)
-        loaded.lock.give_way(time.monotonic() - began)
-        began = time.monotonic()
+        loaded.lock.give_way()
 
     try:
         with loaded.lock:
-            began = time.monotonic()
             return bench(
                 loaded.model, dense, contexts=contexts, batches=[1], loads=loads, new_tokens=new_tokens,
                 rounds=rounds, stock=stock, say=report, tell=tell,

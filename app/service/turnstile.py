@@ -123,23 +123,27 @@ class FairLock:
 
     def __init__(self) -> None:
         self._guard, self._line, self._taken = threading.Lock(), deque[threading.Lock](), False
+        self._since = 0.0  # when it was taken, or others were last given a chance
 
     def __enter__(self) -> None:
         with self._guard:
             if not self._taken:
-                self._taken = True
+                self._taken, self._since = True, time.monotonic()
                 return
             turn = threading.Lock()
             turn.acquire()
             self._line.append(turn)
         turn.acquire()  # released by the one before, who leaves the lock taken
+        self._since = time.monotonic()
 
-    def give_way(self, seconds: float) -> None:
-        """Held: if others wait, let them have it in turn for so long."""
+    def give_way(self) -> None:
+        """Held: if others wait, let them have it in turn for as long as it was held."""
+        held = time.monotonic() - self._since
         if self._line:
             self.__exit__(None, None, None)
-            time.sleep(seconds)
+            time.sleep(held)
             self.__enter__()
+        self._since = time.monotonic()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
