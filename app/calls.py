@@ -1,6 +1,7 @@
 """Calls of the page's and the programs' endpoints, held against what these take before Gradio sees them.
 
-Gradio answers a call with too few or too many values by a traceback in the log, values and all.
+Gradio answers a call with too few or too many values, or values of a wrong type, by a traceback in the log, values and
+all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ from typing import Any
 
 import gradio as gr
 
+_TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
+    "string": ("text", (str,)), "boolean": ("true or false", (bool,)),
+    "number": ("a number", (int, float)), "integer": ("a number", (int, float)),
+}
+_LONGEST_CHOICE = 4096  # characters; Gradio's log shows a choice that isn't one
 _PATH = re.compile(r"/gradio_api/(?:queue/(?P<join>join)|(?:call|run|api)/(?P<name>[^/]+))/?")
 
 
@@ -22,8 +28,8 @@ class Calls:
     """
 
     def __init__(self, demo: gr.Blocks) -> None:
-        self._by_number = {number: _counts(fn) for number, fn in demo.fns.items()}
-        self._by_name = {str(fn.api_name): _counts(fn) for fn in demo.fns.values() if fn.api_name}
+        self._by_number = {number: _Takes(fn) for number, fn in demo.fns.items()}
+        self._by_name = {str(fn.api_name): _Takes(fn) for fn in demo.fns.values() if fn.api_name}
 
     def concern(self, path: str) -> bool:
         """Whether a request to that path is a call."""
@@ -44,11 +50,58 @@ class Calls:
             takes, name = self._by_number.get(number) if isinstance(number, int) else None, f"number {str(number)[:20]}"
         elif (takes := self._by_name.get(name)) is None:
             return f"There is no endpoint {name}."
-        if takes is not None and len(call["data"]) not in takes:
-            return f"Endpoint {name} takes {min(takes)} values, and {len(call['data'])} came."
+        problem = None if takes is None else takes.complaint(call["data"])
+        return f"Endpoint {name}{problem}" if problem else None
+
+
+class _Takes:
+    """What one endpoint takes: a value for each of its inputs, or for all but those that the server keeps."""
+
+    def __init__(self, fn: Any) -> None:
+        self._all = [_schema(block) for block in fn.inputs]
+        self._told = [
+            schema for schema, block in zip(self._all, fn.inputs, strict=True) if not block.skip_api
+        ]
+
+    def complaint(self, values: list[Any]) -> str | None:
+        """The end of a sentence that begins with the endpoint's name; None if the values may pass."""
+        by_count = {len(schemas): schemas for schemas in (self._all, self._told)}
+        if len(values) not in by_count:
+            return f" takes {min(by_count)} values, and {len(values)} came."
+        for at, (value, schema) in enumerate(zip(values, by_count[len(values)], strict=True), 1):
+            if value is not None and (wanted := _unlike(value, schema)):
+                return f": value {at} has to be {wanted}."
         return None
 
 
-def _counts(fn: Any) -> set[int]:
-    """How many values an endpoint takes: all, or all but those that the server keeps."""
-    return {len(fn.inputs), sum(not block.skip_api for block in fn.inputs)}
+def _schema(block: Any) -> dict[str, Any]:
+    """What a component says of its values; nothing where it takes any."""
+    found = {} if block.skip_api else block.api_info()
+    return found if isinstance(found, dict) else {}
+
+
+def _unlike(value: Any, schema: dict[str, Any]) -> str | None:
+    """What a value had to be, if it is something else."""
+    if "FileDataMeta" in schema.get("$defs", ()):
+        whole = isinstance(value, dict) and isinstance(value.get("path"), str) and len(value["path"]) < _LONGEST_CHOICE
+        return None if whole else "an uploaded file"
+    if _holds_file(value):
+        return "something else than a file"
+    if "enum" in schema and isinstance(value, str) and len(value) > _LONGEST_CHOICE:
+        return f"at most {_LONGEST_CHOICE:,} characters long"
+    name, types = _TYPES.get(str(schema.get("type")), ("", (object,)))
+    return None if isinstance(value, types) else name
+
+
+def _holds_file(value: Any) -> bool:
+    """Whether there is a file, as Gradio writes them, anywhere in a value."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            if one.get("path") is not None and isinstance(one.get("meta"), dict):
+                return True
+            left.extend(one.values())
+        elif isinstance(one, list):
+            left.extend(one)
+    return False

@@ -219,6 +219,8 @@ def test_nobody_moves_the_p_of_a_programs_run(service, monkeypatch):
 
 @pytest.mark.parametrize(("path", "call", "sentence"), [
     ("call/generate", {"data": ["a secret text"]}, "takes 9 values, and 1 came"),
+    ("call/sweep", {"data": [{"path": "a secret text", "meta": {}}, None, "", 0]}, "value 1 has to be"),
+    ("call/estimate", {"data": ["llama-2-7b", ["a secret text"], 1, 0.5, "bf16", "own", "h200"]}, "value 2 has to be"),
     ("call/nothing", {"data": ["a secret text"]}, "no endpoint nothing"),
     ("queue/join", {"data": ["a secret text"] * 40, "fn_index": 1, "session_hash": "s"}, "and 40 came"),
     ("queue/join", {"data": ["a secret text"], "fn_index": 99999, "session_hash": "s"}, ""),
@@ -231,6 +233,26 @@ def test_calls_that_do_not_fit_are_told_so_and_leave_no_text_in_the_log(address,
     assert sentence in answer.text
     assert "a secret text" not in answer.text
     assert "a secret text" not in "".join(capfd.readouterr())
+
+
+def test_values_of_a_wrong_type_are_told_so_and_leave_no_text_in_the_log(address, service, capfd):
+    """At every input of the page that takes one sort of value; Gradio would write them there."""
+    sorts, tried = ("Slider", "Number", "Checkbox", "Radio", "Dropdown", "UploadButton"), Counter()
+    with httpx.Client(base_url=address, timeout=20) as client:
+        for number, fn in ui.build(service).fns.items():
+            for at, block in enumerate(fn.inputs):
+                if type(block).__name__ not in sorts:
+                    continue
+                for value in (["a secret text"], {"a": "a secret text"}, "a secret text" * 999):
+                    data = [value if place == at else None for place in range(len(fn.inputs))]
+                    call = {"data": data, "fn_index": number, "session_hash": "s"}
+                    answer = client.post("/gradio_api/run/predict", json=call)
+                    assert answer.status_code == 422
+                    assert f"value {at + 1} has to be" in answer.text
+                    assert "secret" not in answer.text
+                    tried[type(block).__name__] += 1
+    assert set(tried) == set(sorts)
+    assert "secret" not in "".join(capfd.readouterr())
 
 
 def test_who_leaves_while_gradio_hands_out_work_stops_nobody(service):
