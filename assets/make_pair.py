@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_parent import TOKENS, make_parent, mixed_blocks, tokens_seen
+from make_parent import SECOND, TOKENS, make_parent, tokens_seen
+from mixture import SECOND_READING, THIRD_READING, Kind, mixed_blocks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.service import Request
@@ -36,6 +37,7 @@ from modification.routing import is_router
 
 ASSETS = Path(__file__).resolve().parent
 DIAL_TOKENS = 49_152
+ONWARDS_TOKENS = 5_000_000  # of the conversion's second stage
 HELD_OUT_BLOCKS = 48
 EXAMPLE = "Write a bedtime story called `The Lantern in the Snow`."
 
@@ -44,31 +46,53 @@ def make_pair(text: Path, name: str, work: Path, parent_tokens: int, mod_tokens:
     """Run every stage that is not done yet and write the two folders under ``assets/``."""
     parent = make_parent(text, work, parent_tokens)
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    held_out = pack(read_documents(text, tokenizer, "val"), 512, HELD_OUT_BLOCKS * 512)
-    converted = work / "mod"
+    converted, onwards = work / "mod", work / "mod-onwards"
     if not (converted / "report.json").is_file():
-        _convert(text, parent, tokenizer, held_out, converted, mod_tokens)
+        _convert(text, work / SECOND / "final", tokenizer, converted, mod_tokens, {"parent": name})
+    if not (onwards / "report.json").is_file():
+        _go_on(text, converted, parent, tokenizer, onwards, {"parent": name})
     dense, mod = ASSETS / name, ASSETS / f"{name}-MoD"
     _ship(AutoModelForCausalLM.from_pretrained(parent), tokenizer, dense)
-    model = load(converted)[0]
+    model = load(onwards)[0]
     documents = list(read_documents(text, tokenizer, "train"))
     np.random.default_rng(3).shuffle(documents)
     bend_dial(model, pack(documents, 512, DIAL_TOKENS))  # on the text as it comes, without the facts mixed in
     _ship(model, tokenizer, mod)
-    shutil.copy(converted / "report.json", mod / "report.json")
-    seen = {"parent_tokens": tokens_seen(work), "mod_tokens": json.loads((mod / "report.json").read_text())["tokens"]}
+    shutil.copy(onwards / "report.json", mod / "report.json")
+    trained = [json.loads((folder / "report.json").read_text())["tokens"] for folder in (converted, onwards)]
+    seen = {"parent_tokens": tokens_seen(work), "mod_tokens": sum(trained)}
     (mod / "facts.json").write_text(json.dumps({"name": name, **seen}), encoding="utf-8")
     _example(mod)
 
 
-def _convert(text: Path, parent: Path, tokenizer: Any, held_out: np.ndarray, out: Path, tokens: int) -> None:
-    bf16 = torch.cpu._is_avx512_bf16_supported()
-    recipe = Recipe(tokens=tokens, block=1024, batch=3, lr=1e-3, bf16=bf16)
-    documents = list(read_documents(text, tokenizer, "train"))
-    blocks = mixed_blocks(random.Random(2), documents, tokenizer, tokens, recipe.block)
+def _convert(text: Path, parent: Path, tokenizer: Any, out: Path, tokens: int, facts: dict[str, Any]) -> None:
+    """The first stage: the parent of two readings becomes a MoD model."""
+    recipe = Recipe(tokens=tokens, block=1024, batch=3, lr=1e-3, bf16=_bf16())
     model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
-    options = Options(resume=True, facts={"parent": parent.name})
-    train(model, tokenizer, MoDConfig(layers="inner"), recipe, Text(blocks, held_out), out, options)
+    read = _text(text, tokenizer, recipe, 2, SECOND_READING)
+    train(model, tokenizer, MoDConfig(layers="inner"), recipe, read, out, Options(resume=True, facts=facts))
+
+
+def _go_on(text: Path, converted: Path, parent: Path, tokenizer: Any, out: Path, facts: dict[str, Any]) -> None:
+    """The second: it goes on beside the parent of three readings."""
+    recipe = Recipe(
+        tokens=ONWARDS_TOKENS, block=1280, p_range=(0.05, 0.85), optimizer="muon", lr=2e-3, bf16=_bf16()
+    )
+    model = load(converted, dtype=torch.float32)[0]
+    teacher = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
+    read = _text(text, tokenizer, recipe, 6, THIRD_READING)
+    options = Options(resume=True, compile=True, facts=facts, save_steps=40)
+    train(model, tokenizer, MoDConfig(), recipe, read, out, options, teacher)
+
+
+def _text(text: Path, tokenizer: Any, recipe: Recipe, seed: int, kinds: dict[Kind, float]) -> Text:
+    documents = list(read_documents(text, tokenizer, "train"))
+    blocks = mixed_blocks(random.Random(seed), documents, tokenizer, recipe.tokens, recipe.block, kinds)
+    return Text(blocks, pack(read_documents(text, tokenizer, "val"), 512, HELD_OUT_BLOCKS * 512))
+
+
+def _bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _ship(model: Any, tokenizer: Any, folder: Path) -> None:

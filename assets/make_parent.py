@@ -13,22 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
-import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from mixture import SECOND_READING, THIRD_READING, Kind, mixed_blocks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from modification.conversion.checks import last_checkpoint
-from modification.conversion.data import Blocks, Documents, pack, pack_whole, read_documents
-from modification.measure.retrieval import conversation, cut
+from modification.conversion.data import Blocks, Documents, pack, read_documents
+from modification.conversion.muon import MuonWithAdamW
 
 VOCABULARY = 4096
 CONTEXT = 2048
@@ -36,7 +35,8 @@ STEP_TOKENS = 8192
 TOKENS = 10_020_000
 SHORT_SHARE = 0.779  # of the tokens are seen in short blocks, which train faster; the rest in full contexts
 SECOND_TOKENS = 6_500_000  # of the second pass, whole documents kept apart
-RETRIEVAL_SHARE = 0.12  # of its tokens are stories with facts to be found again
+SECOND = "second"  # the conversion's first stage begins with what this one left
+THIRD_TOKENS = 5_000_000  # of the third pass, with chats of several turns
 SPECIAL = ["<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>{% endfor %}"
@@ -76,43 +76,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     ))
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for the layers' matrices, AdamW for embeddings and norms, as one optimiser.
-
-    Muon orthogonalises each update (https://kellerjordan.github.io/posts/muon/); it is
-    defined for matrices only, so the rest needs AdamW beside it.
-    """
-
-    def __init__(self, model: torch.nn.Module, lr: float) -> None:
-        named = list(model.named_parameters())
-        matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
-        others = [p for n, p in named if p.ndim != 2 or "embed" in n]
-        self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-        self.adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        super().__init__(self.muon.param_groups + self.adamw.param_groups, {})
-        # The two must see what a schedule writes into the joint groups.
-        self.muon.param_groups = self.param_groups[:1]
-        self.adamw.param_groups = self.param_groups[1:]
-
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        self.muon.step()
-        self.adamw.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.muon.load_state_dict(state_dict["muon"])
-        self.adamw.load_state_dict(state_dict["adamw"])
-        self.param_groups = self.muon.param_groups + self.adamw.param_groups
-
-
 def train(
     model: LlamaForCausalLM, data: Dataset[Any], block: int, out: Path, lr: float, shape: Callable[[float], float]
 ) -> None:
     """One pass over the data, `block` tokens a row; `shape` maps progress in [0, 1] to a factor of `lr`."""
     steps = len(data) * block // STEP_TOKENS  # type: ignore[arg-type]
-    optimizer = MuonWithAdamW(model, lr)
+    named = list(model.named_parameters())
+    matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in named if p.ndim != 2 or "embed" in n]
+    optimizer = MuonWithAdamW(matrices, lr, [{"params": others, "lr": lr}])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape(step / steps))
     bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     arguments = TrainingArguments(
@@ -128,7 +100,7 @@ def train(
 
 
 def make_parent(text: Path, work: Path, tokens: int = TOKENS, lr: float = 4e-3) -> Path:
-    """Train in three stages: short blocks at a steady rate, full contexts while it decays, and a second pass."""
+    """Train in stages: short blocks at a steady rate, full contexts while it decays, a second and a third pass."""
     tokenizer = make_tokenizer(text, work / "tokenizer")
     model = make_model(tokenizer)
     documents = list(read_documents(text, tokenizer, split="train"))
@@ -147,41 +119,30 @@ def make_parent(text: Path, work: Path, tokens: int = TOKENS, lr: float = 4e-3) 
         if not (out / "final" / "model.safetensors").is_file():
             train(model, Blocks(blocks), block, out, lr, shape)
         model = LlamaForCausalLM.from_pretrained(out / "final", dtype=torch.float32)
-    return _second_pass(model, tokenizer, documents, work / "second")
+    return _read_again(documents, tokenizer, work)
 
 
-def _second_pass(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[list[int]], out: Path
-) -> Path:
-    """The text once more, no document seeing another, with facts to retrieve mixed in; the rate rises and decays."""
-    if not (out / "final" / "model.safetensors").is_file():
-        packed = mixed_blocks(random.Random(1), documents, tokenizer, SECOND_TOKENS, CONTEXT)
-        train(model, Documents(packed), CONTEXT, out, 2e-3, lambda t: min(1.0, t / 0.04 + 0.01, max(0.02, 1.02 - t)))
-    return out / "final"
+def _read_again(documents: list[list[int]], tokenizer: PreTrainedTokenizerFast, work: Path) -> Path:
+    """The text twice more, no document seeing another: with facts to retrieve, then with chats of several turns too."""
+    short = int(THIRD_TOKENS * 0.7)
 
+    def rise_and_fall(done: float) -> float:
+        return min(1.0, done / 0.04 + 0.01, max(0.02, 1.02 - done))
 
-def mixed_blocks(
-    rng: random.Random, documents: list[list[int]], tokenizer: Any, tokens: int, block: int
-) -> npt.NDArray[np.int32]:
-    """Documents in another order, a share of chats about facts among them, whole in blocks: see ``pack_whole``."""
-    mixed = list[list[int]]()
-    order = iter(rng.sample(documents, len(documents)))
-    while tokens > 0:
-        one = retrieval_document(rng, documents, tokenizer) if rng.random() < RETRIEVAL_SHARE else next(order)
-        mixed.append(one)
-        tokens -= len(one)
-    packed = pack_whole(mixed, block, tokenizer.pad_token_id)
-    np.random.default_rng(1).shuffle(packed)
-    return packed
-
-
-def retrieval_document(rng: random.Random, documents: list[list[int]], tokenizer: Any) -> list[int]:
-    """Token ids of a chat about facts hidden in one to three stories; as many short ones as long ones."""
-    length = int(math.exp(rng.uniform(math.log(48), math.log(CONTEXT - 220))))
-    picked = rng.sample(documents, 3)
-    text = tokenizer.decode([token for ids in picked for token in ids], skip_special_tokens=True)
-    messages = conversation(rng, cut(text, length, tokenizer))
-    return list(tokenizer.apply_chat_template(messages)["input_ids"])
+    stages: list[tuple[str, int, int, dict[Kind, float], float, Callable[[float], float]]] = [
+        (SECOND, SECOND_TOKENS, CONTEXT, SECOND_READING, 2e-3, rise_and_fall),
+        ("third", short, CONTEXT // 2, THIRD_READING, 2e-3, lambda t: min(1.0, t / 0.04 + 0.01, 1.02 - 0.7 * t)),
+        ("third-long", THIRD_TOKENS - short, CONTEXT, THIRD_READING, 6e-4, rise_and_fall),
+    ]
+    before = work / "long"
+    for seed, (name, tokens, block, kinds, lr, shape) in enumerate(stages, 1):
+        out = work / name
+        if not (out / "final" / "model.safetensors").is_file():
+            packed = mixed_blocks(random.Random(seed), documents, tokenizer, tokens, block, kinds)
+            model = LlamaForCausalLM.from_pretrained(before / "final", dtype=torch.float32)
+            train(model, Documents(packed), block, out, lr, shape)
+        before = out
+    return before / "final"
 
 
 def tokens_seen(work: Path) -> int:

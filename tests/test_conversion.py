@@ -70,6 +70,31 @@ def test_whole_documents_are_packed_uncut_and_told_apart(lengths, block):
     assert (ids > 0).sum() == sum(min(length, block) for length in lengths)
 
 
+@settings(max_examples=30)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), block=st.integers(8, 24))
+def test_what_is_left_of_a_block_takes_the_start_of_a_filler(lengths, block):
+    """A filler counts its places from 0, and is cut where the block ends; short ones leave padding behind them."""
+    documents = [[at] * length for at, length in enumerate(lengths, 1)]
+    packed = pack_whole(documents, block, fillers=itertools.repeat([1000] * 5))
+    bare = pack_whole(documents, block)
+    for (ids, places), (before, spare) in zip(packed, bare, strict=True):
+        room = int((spare >= block).sum())
+        start, end = block - room, block - max(0, room - 5)
+        assert ids[:start].tolist() == before[:start].tolist()
+        assert ids[start:end].tolist() == [1000] * min(room, 5)
+        assert places[start:end].tolist() == list(range(min(room, 5)))
+        assert (places[end:] >= block).all()
+
+
+def test_packed_tokens_that_are_not_to_be_learnt_are_read_and_no_labels():
+    """Those written as -1 - id."""
+    packed = pack_whole([[5, -1 - 6, 7], [8, 9]], 8)
+    item = Documents(packed)[0]
+    assert item["input_ids"].tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
+    assert item["labels"].tolist() == [-100, -100, 7, -100, 9, -100, -100, -100]
+    assert Text(packed, packed[:, 0]).first(8).tolist() == [[5, 6, 7, 8, 9, 0, 0, 0]]
+
+
 def test_packed_documents_do_not_see_one_another():
     """A model gives a document in a block what it gives the document alone; starts and padding are no labels."""
     model = dense_model("llama")

@@ -15,6 +15,7 @@ from modification.conversion import layers as choosing
 from modification.conversion.calibrate import fit_dial, fit_routers
 from modification.conversion.checks import Options
 from modification.conversion.data import Text
+from modification.conversion.muon import MuonWithAdamW
 from modification.conversion.objectives import (
     hidden_distance,
     imitation,
@@ -220,9 +221,29 @@ def test_a_teacher_of_another_vocabulary_is_refused(blocks, tmp_path):
         )
 
 
+def test_a_mod_model_goes_on_beside_its_dense_parent(blocks, tmp_path):
+    """From its own weights and settings, its dial taken off meanwhile; without the parent it is refused."""
+    recipe = named("any-p", **SMALL)
+    text = Text(blocks, blocks[:4])
+    model, first, _ = run(recipe, blocks, tmp_path / "first")
+    dial = model.mod_config.dial
+    with torch.enable_grad(), pytest.raises(ValueError, match="give that as the teacher"):
+        train(model, tiny_tokenizer(), MoDConfig(), recipe, text, tmp_path / "refused")
+    with torch.enable_grad():
+        longer = named("any-p", **{**SMALL, "tokens": 2 * SMALL["tokens"]})
+        second = train(
+            model, tiny_tokenizer(), MoDConfig(), longer, text, tmp_path / "second", None, dense_model("llama")
+        )
+    assert second[0].quality.loss < first[0].quality.loss, "it went on from there"
+    again, _ = load(tmp_path / "second")
+    assert again.mod_config.dial
+    assert again.mod_config.dial != dial
+    assert again.mod_layers == model.mod_layers
+
+
 @pytest.mark.parametrize(
     "changes", [{"hidden": 0.5}, {"paired": True}, {"paired": True, "hidden": 0.5}, {"path": "gathered"},
-                {"accumulate": 2}, {"checkpoint_activations": True}],
+                {"accumulate": 2}, {"checkpoint_activations": True}, {"optimizer": "muon"}],
 )
 def test_options_of_a_recipe_train(changes, blocks, tmp_path):
     """Losses are finite, logged and fall."""
@@ -231,6 +252,51 @@ def test_options_of_a_recipe_train(changes, blocks, tmp_path):
     assert all(np.isfinite(float(entry["loss"])) for entry in log)
     assert log[-1]["cross_entropy"] < log[0]["cross_entropy"]
     assert ("hidden_distance" in log[0]) == ("hidden" in changes)
+
+
+def test_a_compiled_loss_changes_no_curve(blocks, tmp_path):
+    """The log's losses are those of the loss that is not compiled."""
+    logs = []
+    for compiled in (False, True):
+        recipe = named("any-p", **{**SMALL, "tokens": 24 * 4 * 16})
+        run(recipe, blocks, tmp_path / str(compiled), compile=compiled)
+        logs.append([json.loads(line) for line in (tmp_path / str(compiled) / "log.jsonl").read_text().splitlines()])
+    for ours, theirs in zip(*logs, strict=True):
+        for name in ("cross_entropy", "kl", "load"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_goes_on_from_its_saved_state():
+    """Five steps, saved and loaded after two, are five steps; both parts follow one schedule."""
+    def steps(stopped):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+        optimizer, schedule = _muon(model)
+        for step in range(5):
+            if step == 2 and stopped:
+                saved, at = optimizer.state_dict(), schedule.state_dict()
+                optimizer, schedule = _muon(model)
+                optimizer.load_state_dict(saved)
+                schedule.load_state_dict(at)
+            with torch.enable_grad():
+                model(torch.randn(4, 6, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        assert {group["lr"] for group in optimizer.muon.param_groups} == {0.01 * 0.5**5}
+        assert {group["lr"] for group in optimizer.adamw.param_groups} == {0.03 * 0.5**5}
+        return model.state_dict()
+
+    for ours, theirs in zip(steps(True).values(), steps(False).values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _muon(model):
+    matrices = [weight for weight in model.parameters() if weight.ndim == 2]
+    others = [weight for weight in model.parameters() if weight.ndim != 2]
+    optimizer = MuonWithAdamW(matrices, 0.01, [{"params": others, "lr": 0.03}])
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
 
 
 def test_checkpointed_activations_change_no_weight(blocks, tmp_path):

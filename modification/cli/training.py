@@ -65,6 +65,7 @@ def add(commands: Any) -> None:
     how.add_argument("--teacher", help="another model of the same vocabulary to learn from (default: the parent)")
     for weight in ("ce", "kl", "hidden", "penalty"):
         how.add_argument(f"--{weight}", type=float, help=f"weight of the {_TERMS[weight]}")
+    how.add_argument("--paired", action="store_true", help="every row also at p = 0, which teaches it at its own p")
     how.add_argument("--path", choices=["masked", "gathered"], help="gathered skips in training too (default: masked)")
     run = convert.add_argument_group("run")
     run.add_argument("--tokens", type=int, help="training tokens (default: 3,000,000; calibrate: 8,192)")
@@ -73,6 +74,8 @@ def add(commands: Any) -> None:
     run.add_argument("--accumulate", type=int, help="parts that a step is done in (default: 1)")
     run.add_argument("--lr", type=float, help="peak learning rate (default: by model size)")
     run.add_argument("--router-lr", type=float, help="peak learning rate of the routers (default: 0.005)")
+    run.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: for the layers' matrices (default: adamw)")
+    run.add_argument("--compile", action="store_true", help="compile the loss: faster steps after some seconds")
     run.add_argument("--bf16", action="store_true", help="mixed precision on a CPU that has bf16 units")
     run.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more work")
     run.add_argument("--load-in-4bit", action="store_true", help="QLoRA: a 4-bit parent; with CUDA and --tune lora")
@@ -137,6 +140,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     options = Options(
         resume=arguments.resume, keep_adapter=arguments.keep_adapter, save_steps=arguments.save_steps,
         report_to=tuple(filter(None, arguments.report_to.split(","))), fsdp=arguments.fsdp,
+        compile=arguments.compile,
         facts={"parent": Path(arguments.parent).name if Path(arguments.parent).is_dir() else arguments.parent,
                "layer_ranking": ranking},
     )
@@ -154,6 +158,8 @@ def _check_flags(arguments: argparse.Namespace, recipe: Recipe) -> None:
         (arguments.lora_rank is not None and recipe.tune != "lora", "--lora-rank: only --tune lora has a rank"),
         (recipe.fit and recipe.tune != "router",
          f"--tune {recipe.tune}: {recipe.name} trains nothing; it fits the routers alone"),
+        (recipe.optimizer == "muon" and arguments.fsdp,
+         "--optimizer muon: its steps need whole matrices, which --fsdp cuts up; choose adamw"),
         (arguments.held_out_split and not arguments.held_out_data, "--held-out-split: give --held-out-data with it"),
         (arguments.save_steps is not None and arguments.save_steps < 1,
          f"--save-steps {arguments.save_steps}: must be 1 or more"),
@@ -169,9 +175,9 @@ def _check_flags(arguments: argparse.Namespace, recipe: Recipe) -> None:
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     given = {name: getattr(arguments, name) for name in (
         "tune", "lora_rank", "p", "ce", "kl", "hidden", "penalty", "path", "tokens", "block", "batch", "accumulate",
-        "lr", "router_lr", "seed",
+        "optimizer", "lr", "router_lr", "seed",
     )}
-    flags = {name: getattr(arguments, name) or None for name in ("bf16", "checkpoint_activations")}
+    flags = {name: getattr(arguments, name) or None for name in ("bf16", "checkpoint_activations", "paired")}
     return named(arguments.recipe, **given, **flags)
 
 

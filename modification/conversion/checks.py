@@ -38,6 +38,8 @@ class Options:
         report_to: Trainer's trackers, as it names them.
         save_steps: steps between checkpoints; None: a tenth of the run, 20 to 200.
         fsdp: shard the model over processes (FSDP2), layer by layer.
+        compile: compile the loss (some seconds, once; needs a C++ compiler on CPUs). The larger the vocabulary, the
+            more of a step it saves.
         facts: more for the report.
     """
 
@@ -46,6 +48,7 @@ class Options:
     report_to: Sequence[str] = ()
     save_steps: int | None = None
     fsdp: bool = False
+    compile: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -119,6 +122,8 @@ def _check_room(out: Path, model: PreTrainedModel, recipe: Recipe) -> None:
 
 def _check_launch(recipe: Recipe, options: Options) -> None:
     """What this machine or these processes can't do, before anything is done."""
+    if options.compile and not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "clang++"))):
+        raise ValueError("compiling needs a C++ compiler (g++ or clang++), and there is none: leave --compile out")
     (_, world), gpus = processes(), torch.cuda.device_count()
     if options.fsdp and (world == 1 or not gpus):
         raise ValueError("FSDP needs several processes (accelerate launch), each with an accelerator of its own")

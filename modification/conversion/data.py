@@ -99,12 +99,15 @@ def pack(documents: Iterable[list[int]], block: int, max_tokens: int | None = No
     return np.stack(blocks)
 
 
-def pack_whole(documents: Iterable[list[int]], block: int, padding: int = 0) -> npt.NDArray[np.int32]:
+def pack_whole(
+    documents: Iterable[list[int]], block: int, padding: int = 0, fillers: Iterator[list[int]] | None = None
+) -> npt.NDArray[np.int32]:
     """Lay whole documents side by side in blocks, none cut unless longer than a block: int32 [N, 2, block].
 
     The first plane holds token ids, the second each token's place in its own document, counted from 0; transformers
-    keeps documents apart by such position ids where there is no cache. What is left of a block is ``padding``, a
-    document of its own whose places run on from ``block``, so that it can be told apart.
+    keeps documents apart by such position ids where there is no cache. What is left of a block is filled with the
+    start of one of the ``fillers``, if given; or else is ``padding``, a document of its own whose places run on from
+    ``block``, so that it can be told apart.
     """
     rows: list[tuple[list[int], list[int]]] = []
     open_rows: list[int] = []
@@ -120,6 +123,8 @@ def pack_whole(documents: Iterable[list[int]], block: int, padding: int = 0) -> 
         raise ValueError("no documents to pack: give more text")
     packed = np.empty((len(rows), 2, block), np.int32)
     for at, (ids, places) in enumerate(rows):
+        filler = next(fillers)[: block - len(ids)] if fillers is not None else []
+        ids, places = ids + filler, places + list(range(len(filler)))
         spare = block - len(ids)
         packed[at] = [ids + [padding] * spare, places + list(range(block, block + spare))]
     return packed
@@ -135,8 +140,9 @@ class Documents(Dataset[dict[str, torch.Tensor]]):
         return len(self.packed)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids, places = torch.from_numpy(self.packed[index].astype(np.int64))
-        scored = (places > 0) & (places < len(ids))
+        written, places = torch.from_numpy(self.packed[index].astype(np.int64))
+        ids = torch.where(written < 0, -1 - written, written)
+        scored = (places > 0) & (places < len(ids)) & (written >= 0)
         # Padding keeps places of its own beyond the last document, which a rotary embedding must still reach.
         return {"input_ids": ids, "position_ids": places % len(ids), "labels": ids.masked_fill(~scored, -100)}
 
@@ -193,7 +199,7 @@ class Text:
     def first(self, tokens: int) -> npt.NDArray[np.int32]:
         """The ids of the first blocks of training text, at least one, so many tokens at most: [N, T]."""
         found = self.blocks[: max(1, tokens // self.blocks.shape[-1])]
-        return token_ids(found) if found.ndim == 2 else found[:, 0]
+        return token_ids(found if found.ndim == 2 else found[:, 0])
 
 
 def _open(path: Path) -> TextIO:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -66,26 +67,59 @@ def next_token_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = Non
         labels: [B, T]; -100 where there is nothing to learn.
         weights: of each row's tokens in the mean, [B].
     """
-    kept = labels[:, 1:] != -100
-    nats = F.cross_entropy(logits[:, :-1][kept].float(), labels[:, 1:][kept], reduction="none")
-    return _mean(nats, kept, weights)
+    learnt = Learnt.of(labels, weights)
+    return learnt.mean(surprise(learnt.pick(logits), learnt.wanted))
 
 
 def divergence(teacher: Tensor, student: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """KL(teacher || student) of next-token distributions, nats, mean as in ``next_token_loss``; logits [B, T, V]."""
-    kept = labels[:, 1:] != -100
-    ours, theirs = (F.log_softmax(logits[:, :-1][kept].float(), -1) for logits in (student, teacher))
-    return _mean((theirs.exp() * (theirs - ours)).sum(-1), kept, weights)
+    learnt = Learnt.of(labels, weights)
+    return learnt.mean(lag(learnt.pick(teacher), learnt.pick(student)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learnt:
+    """Where a batch has a next token to learn: places in its flattened tokens, tokens and weights, [N] each."""
+
+    places: Tensor
+    wanted: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, weights: Tensor | None = None) -> Learnt:
+        """Of labels [B, T], -100 where there is nothing to learn, and weights of the rows, [B]."""
+        rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+        each = torch.ones(len(rows), device=labels.device) if weights is None else weights.float()[rows]
+        return cls(rows * labels.shape[1] + columns, labels[rows, columns + 1], each)
+
+    def pick(self, logits: Tensor) -> Tensor:
+        """[B, T, V] -> [N, V]."""
+        return logits.flatten(0, 1).index_select(0, self.places)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """[N] -> the weighted mean; 0 where nothing is to be learnt."""
+        return (values * self.weights).sum() / self.weights.sum().clamp_min(1e-6)
+
+
+def surprise(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Cross-entropy of each wanted token [N] under logits [N, V], nats, [N]."""
+    return F.cross_entropy(logits.float(), wanted, reduction="none")
+
+
+def lag(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of each token, nats, [N]; logits [N, V]."""
+    ours, theirs = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
+    return (theirs.exp() * (theirs - ours)).sum(-1)
+
+
+def surprise_and_lag(student: Tensor, teacher: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Both at once: compiled, they pass over the vocabulary as few times as can be."""
+    return surprise(student, wanted), lag(teacher, student)
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Each row's mean cross-entropy over its labelled tokens, nats, [B]."""
     return torch.stack([next_token_loss(row[None], label[None]) for row, label in zip(logits, labels, strict=True)])
-
-
-def _mean(values: Tensor, kept: Tensor, weights: Tensor | None) -> Tensor:
-    each = torch.ones_like(values) if weights is None else weights[:, None].expand(kept.shape)[kept].to(values)
-    return (values * each).sum() / each.sum().clamp_min(1e-6)  # nothing labelled: 0
 
 
 def hidden_distance(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from modification.config import Gate
 Tune = Literal["full", "lora", "router"]
 Load = Literal["target", "alpha", "steered", "imitate", "none"]
 Rule = Literal["threshold", "top-k"]
+Optimizer = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Recipe:
         block: tokens per row.
         batch: rows per step, over all processes.
         accumulate: steps of the loop per step of the optimiser; ``batch`` is split among them.
+        optimizer: "adamw", or "muon" for the layers' matrices and AdamW for the rest (torch 2.9 or newer, not sharded).
         lr: peak learning rate of the weights; None chooses by size (``default_lr``).
         router_lr: peak learning rate of the routers.
         warmup: share of the steps before the peak rate.
@@ -77,6 +79,7 @@ class Recipe:
     block: int = 256
     batch: int = 8
     accumulate: int = 1
+    optimizer: Optimizer = "adamw"
     lr: float | None = None
     router_lr: float = 5e-3
     warmup: float = 0.03
@@ -85,7 +88,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, choices in (("tune", Tune), ("load", Load), ("rule", Rule), ("gate", Gate)):
+        for name, choices in (
+            ("tune", Tune), ("load", Load), ("rule", Rule), ("gate", Gate), ("optimizer", Optimizer)
+        ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}")
         for name in ("block", "batch", "accumulate", "lora_rank"):

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from modification.config import MoDConfig
-from modification.conversion.calibrate import CALIBRATION_TOKENS, fit_dial, fit_routers
+from modification.conversion.calibrate import CALIBRATION_TOKENS, fit_dial, fit_routers, set_dial
 from modification.conversion.checks import (
     CHECKPOINTS,
     REPORT,
@@ -43,7 +43,7 @@ from modification.conversion.tune import prepare
 from modification.measure import report as reporting
 from modification.measure.plots import plot_run
 from modification.measure.quality import reference_of
-from modification.model import convert
+from modification.model import MoDModel, convert
 
 LOG = "log.jsonl"
 
@@ -54,6 +54,8 @@ def train(
 ) -> list[reporting.Row]:
     """Convert a dense model by a recipe, calibrate it, and write it with a report to ``out``.
 
+    A MoD model goes on from where it is, with its own settings (``config`` is not read), beside a dense ``teacher``.
+
     Checkpoints go to ``out/checkpoints`` and are removed once the model is written. Returns the sweep
     over eleven p's on the held-out text.
 
@@ -61,8 +63,8 @@ def train(
         teacher: another model of the same vocabulary to learn from; the dense parent by default.
 
     Raises:
-        ValueError: too little text for one batch, a teacher of another vocabulary, or a resumed run's settings
-            differ from those it began with.
+        ValueError: too little text for one batch, a teacher of another vocabulary, a MoD model without one, or a
+            resumed run's settings differ from those it began with.
         InterruptedError: the process was told to terminate; a checkpoint holds what was done.
         FileExistsError: ``out`` holds a finished conversion, an unfinished one and ``resume`` is not set, or anything
             else: the parent, say.
@@ -72,15 +74,21 @@ def train(
     if recipe.steps and len(text.blocks) < recipe.batch:
         raise ValueError(f"the text gives {len(text.blocks)} blocks of {recipe.block} tokens, fewer than a batch of "
                          f"{recipe.batch}: give more text, or a smaller batch or block")
-    config = dataclasses.replace(config, gate=recipe.gate)
+    onwards = isinstance(model, MoDModel)
+    if onwards and teacher is None:
+        raise ValueError("a MoD model goes on training beside its dense parent: give that as the teacher")
+    config = model.mod_config if onwards else dataclasses.replace(config, gate=recipe.gate)
     last = prepare_folder(out, model, recipe, config, text, options)
     if teacher is None and (recipe.kl or recipe.hidden or text.reweight) and recipe.steps:
         teacher = copy.deepcopy(model)
     _check_teacher(teacher, model)
     torch.manual_seed(recipe.seed)
     model.eval()
-    parent = reference_of(model, text.held_out)
-    convert(model, config)
+    parent = reference_of(teacher if onwards else model, text.held_out)
+    if onwards:
+        set_dial(model, ())  # training is for the routers' own scores
+    else:
+        convert(model, config)
     began = time.monotonic()
     finish = prepare(model, recipe)
     benefits, spread = None, "NO"
@@ -189,7 +197,7 @@ def _trainer(
     mixing = _mixing(text)
     callbacks = [ProgressBar(out / LOG), Steering(recipe.penalty), *([mixing] if mixing else [])]
     trainer = ConversionTrainer(
-        recipe, teacher, model=model, args=arguments, train_dataset=text.dataset(),
+        recipe, teacher, options.compile, model=model, args=arguments, train_dataset=text.dataset(),
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)

@@ -66,7 +66,9 @@ class Mixing(TrainerCallback, ExportableState):
 class ConversionTrainer(Trainer):
     """transformers.Trainer with a recipe's loss; its parts, the load and each MoD layer's load in its log."""
 
-    def __init__(self, recipe: Recipe, teacher: nn.Module | None, **kwargs: Any) -> None:
+    def __init__(self, recipe: Recipe, teacher: nn.Module | None, compiled: bool = False, **kwargs: Any) -> None:
+        judge = objectives.surprise_and_lag
+        self._judge: Callable[..., tuple[Tensor, Tensor]] = torch.compile(judge, dynamic=True) if compiled else judge
         self.recipe, self.layers = recipe, len(kwargs["model"].mod_layers)
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it over accumulated parts
@@ -190,9 +192,13 @@ class ConversionTrainer(Trainer):
     def _parts(
         self, logits: Tensor, taught: Any, hidden: Any, labels: Tensor, weights: Tensor | None
     ) -> dict[str, Tensor]:
-        parts = {"cross_entropy": objectives.next_token_loss(logits, labels, weights)}
+        learnt = objectives.Learnt.of(labels, weights)
+        student = learnt.pick(logits)
         if taught is not None and self.recipe.kl:
-            parts["kl"] = objectives.divergence(taught.logits, logits, labels, weights)
+            surprise, lag = self._judge(student, learnt.pick(taught.logits), learnt.wanted)
+            parts = {"cross_entropy": learnt.mean(surprise), "kl": learnt.mean(lag)}
+        else:
+            parts = {"cross_entropy": learnt.mean(objectives.surprise(student, learnt.wanted))}
         if taught is not None and self.recipe.hidden:
             parts["hidden_distance"] = objectives.hidden_distance(taught.hidden_states, hidden)
         return parts

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modification.conversion.muon import MuonWithAdamW
 from modification.conversion.recipes import Recipe, default_lr
 from modification.loading import ADAPTER
 from modification.routing import is_router
@@ -32,15 +33,27 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Callable[[Path | None], N
 
 
 def optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW with the routers at a rate of their own."""
+    """The recipe's, with the routers at a rate of their own."""
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     size = sum(weight.numel() for name, weight in model.named_parameters() if not is_router(name))
+    lr = recipe.lr or default_lr(size, recipe.tune)
+    matrices = _matrices(model, trained) if recipe.optimizer == "muon" else {}
     groups = [
         {"params": [weight for name, weight in trained if is_router(name)], "lr": recipe.router_lr},
-        {"params": [weight for name, weight in trained if not is_router(name)],
-         "lr": recipe.lr or default_lr(size, recipe.tune)},
+        {"params": [weight for name, weight in trained if not is_router(name) and name not in matrices], "lr": lr},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), weight_decay=0.0)
+    groups = [group for group in groups if group["params"]]
+    if matrices:
+        return MuonWithAdamW(list(matrices.values()), lr, groups, weight_decay=0.0)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def _matrices(model: PreTrainedModel, trained: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """What Muon is for, by name: two-dimensional weights of the decoder layers."""
+    layers = {id(weight) for layer in model.family.decoder_layers(model) for weight in layer.parameters()}
+    return {
+        name: weight for name, weight in trained if id(weight) in layers and weight.ndim == 2 and not is_router(name)
+    }
 
 
 def _nothing(folder: Path | None) -> None:
