@@ -17,7 +17,9 @@ _TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
     "number": ("a number", (int, float)), "integer": ("a number", (int, float)),
 }
 _LONGEST_CHOICE = 4096  # characters; Gradio's log shows a choice that isn't one
-_PATH = re.compile(r"/gradio_api/(?:queue/(?P<join>join)|(?:call|run|api)/(?P<name>[^/]+))/?")
+_PATH = re.compile(
+    r"/gradio_api/(?:queue/join|call/v2/(?P<keyed>[^/]+)|call/(?P<called>[^/]+)|(?:run|api)/(?P<run>[^/]+))/?"
+)
 
 
 class Calls:
@@ -30,6 +32,8 @@ class Calls:
     def __init__(self, demo: gr.Blocks) -> None:
         self._by_number = {number: _Takes(fn) for number, fn in demo.fns.items()}
         self._by_name = {str(fn.api_name): _Takes(fn) for fn in demo.fns.values() if fn.api_name}
+        named = demo.get_api_info()["named_endpoints"]
+        self._parameters = {path.removeprefix("/"): endpoint["parameters"] for path, endpoint in named.items()}
 
     def concern(self, path: str) -> bool:
         """Whether a request to that path is a call."""
@@ -42,16 +46,36 @@ class Calls:
             call = json.loads(body)
         except (ValueError, RecursionError):
             return None
-        if found is None or not isinstance(call, dict) or not isinstance(call.get("data"), list):
+        if found is None or not isinstance(call, dict):
             return None
-        number, name = call.get("fn_index"), str(found["name"])[:80]
-        if found["join"] or name == "predict":
+        if found["keyed"]:
+            return self._keyed(found["keyed"], call)
+        if not isinstance(call.get("data"), list):
+            return None
+        number = None if found["called"] else call.get("fn_index")  # Gradio prefers it to a name
+        if number is not None:
+            if type(number) is not int:
+                return "fn_index has to be a whole number."
             # Numbers beyond these may be a session's own: controls that are made as it goes.
-            takes, name = self._by_number.get(number) if isinstance(number, int) else None, f"number {str(number)[:20]}"
-        elif (takes := self._by_name.get(name)) is None:
-            return f"There is no endpoint {name}."
-        problem = None if takes is None else takes.complaint(call["data"])
-        return f"Endpoint {name}{problem}" if problem else None
+            takes = self._by_number.get(number)
+            return takes.complaint(f"number {number}", call["data"]) if takes else None
+        name = found["called"] or found["run"]
+        if name is None or name == "predict":
+            return None
+        takes = self._by_name.get(name)
+        return takes.complaint(name, call["data"]) if takes else f"There is no endpoint {name[:80]}."
+
+    def _keyed(self, name: str, call: dict[str, Any]) -> str | None:
+        """The same for values that come by name."""
+        if name not in self._parameters:
+            return f"There is no endpoint {name[:80]}."
+        parameters = [parameter["parameter_name"] for parameter in self._parameters[name]]
+        if set(call) - {*parameters, "oauth_token"}:
+            return f"Endpoint {name} takes {', '.join(parameters)}, and something else came."
+        for parameter in self._parameters[name]:
+            if parameter["parameter_name"] not in call and not parameter["parameter_has_default"]:
+                return f"Endpoint {name} needs {parameter['parameter_name']}."
+        return self._by_name[name].complaint(name, [call.get(parameter) for parameter in parameters])
 
 
 class _Takes:
@@ -63,14 +87,14 @@ class _Takes:
             schema for schema, block in zip(self._all, fn.inputs, strict=True) if not block.skip_api
         ]
 
-    def complaint(self, values: list[Any]) -> str | None:
-        """The end of a sentence that begins with the endpoint's name; None if the values may pass."""
+    def complaint(self, name: str, values: list[Any]) -> str | None:
+        """What is wrong with values for the endpoint of that name; None if they may pass."""
         by_count = {len(schemas): schemas for schemas in (self._all, self._told)}
         if len(values) not in by_count:
-            return f" takes {min(by_count)} values, and {len(values)} came."
+            return f"Endpoint {name} takes {min(by_count)} values, and {len(values)} came."
         for at, (value, schema) in enumerate(zip(values, by_count[len(values)], strict=True), 1):
             if value is not None and (wanted := _unlike(value, schema)):
-                return f": value {at} has to be {wanted}."
+                return f"Endpoint {name}: value {at} has to be {wanted}."
         return None
 
 

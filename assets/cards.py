@@ -29,7 +29,7 @@ A chat-shaped storyteller of {f['parameters'] / 1e6:.1f} M parameters: Llama arc
 
 | measured | value |
 |---|---|
-| training tokens seen | {f['parent_tokens']:,} (all of the text once, then two thirds of it again) |
+| training tokens seen | {f['parent_tokens']:,} (most of the text once, half of it again, a third of it a third time) |
 | held-out loss | {f['dense_loss']:.3f} ± {f['dense_error']:.3f} nats per token |
 | held-out bits per byte of text | {f['bits_per_byte']:.3f} |{beside}
 | the same text, `xz -9e` | {f['xz_bits_per_byte']:.3f} bits per byte |
@@ -70,8 +70,9 @@ tags: [text-generation, storytelling, mixture-of-depths, modification]
 through such a layer only when its score reaches the threshold p. One set of weights serves every p; load is about
 1 - p. Skipped tokens cost no compute in that layer and leave no keys and values in the cache.
 
-Converted with the any-p recipe on {f['mod_tokens']:,} further tokens of the same text (a third reading), whole
-documents in blocks of 1,024, facts to retrieve among them; all weights trained; then the dial bent so that load follows
+Converted with the any-p recipe in two stages, all weights trained: {f['stages'][0]:,} tokens from the parent as it was
+after two readings of the text, then {f['stages'][1]:,} beside the parent as it is shipped, by Muon. Whole documents
+in blocks, with facts to retrieve and chats of several turns among them; then the dial was bent so that load follows
 1 - p.
 
 {_data(f)}
@@ -80,8 +81,8 @@ documents in blocks of 1,024, facts to retrieve among them; all weights trained;
 {rows}
 
 The parent's own loss is {f['dense_loss']:.3f} on the same {f['held_out_tokens']:,} held-out tokens (± is one standard
-error). The conversion trains on, so at low p it may lie below the parent; a parent tuned on the same further tokens
-would be the stricter rival and has not been measured.
+error). The parent has seen {f['parent_tokens'] / 1e6:.1f} M tokens of the text in all, this model
+{f['mod_tokens'] / 1e6:.1f} M, dense and converted.
 
 **Facts told early and asked for at the end** (measured; greedy, 40 questions each, standard error up to 0.08):
 

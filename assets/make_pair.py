@@ -37,7 +37,7 @@ from modification.routing import is_router
 
 ASSETS = Path(__file__).resolve().parent
 DIAL_TOKENS = 49_152
-ONWARDS_TOKENS = 5_000_000  # of the conversion's second stage
+ONWARDS_TOKENS = 3_600_000  # of the conversion's second stage
 HELD_OUT_BLOCKS = 48
 EXAMPLE = "Write a bedtime story called `The Lantern in the Snow`."
 
@@ -59,8 +59,9 @@ def make_pair(text: Path, name: str, work: Path, parent_tokens: int, mod_tokens:
     bend_dial(model, pack(documents, 512, DIAL_TOKENS))  # on the text as it comes, without the facts mixed in
     _ship(model, tokenizer, mod)
     shutil.copy(onwards / "report.json", mod / "report.json")
-    trained = [json.loads((folder / "report.json").read_text())["tokens"] for folder in (converted, onwards)]
-    seen = {"parent_tokens": tokens_seen(work), "mod_tokens": sum(trained)}
+    stages = [json.loads((folder / "report.json").read_text())["tokens"] for folder in (converted, onwards)]
+    dense_tokens = tokens_seen(work, "short", "long", SECOND)
+    seen = {"parent_tokens": tokens_seen(work), "stages": stages, "mod_tokens": dense_tokens + sum(stages)}
     (mod / "facts.json").write_text(json.dumps({"name": name, **seen}), encoding="utf-8")
     _example(mod)
 
@@ -69,14 +70,14 @@ def _convert(text: Path, parent: Path, tokenizer: Any, out: Path, tokens: int, f
     """The first stage: the parent of two readings becomes a MoD model."""
     recipe = Recipe(tokens=tokens, block=1024, batch=3, lr=1e-3, bf16=_bf16())
     model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
-    read = _text(text, tokenizer, recipe, 2, SECOND_READING)
+    read = _text(text, tokenizer, recipe, 2, SECOND_READING, fill=False)
     train(model, tokenizer, MoDConfig(layers="inner"), recipe, read, out, Options(resume=True, facts=facts))
 
 
 def _go_on(text: Path, converted: Path, parent: Path, tokenizer: Any, out: Path, facts: dict[str, Any]) -> None:
     """The second: it goes on beside the parent of three readings."""
     recipe = Recipe(
-        tokens=ONWARDS_TOKENS, block=1280, p_range=(0.05, 0.85), optimizer="muon", lr=2e-3, bf16=_bf16()
+        tokens=ONWARDS_TOKENS, block=1280, batch=4, p_range=(0.05, 0.8), optimizer="muon", lr=1e-3, bf16=_bf16()
     )
     model = load(converted, dtype=torch.float32)[0]
     teacher = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
@@ -85,9 +86,9 @@ def _go_on(text: Path, converted: Path, parent: Path, tokenizer: Any, out: Path,
     train(model, tokenizer, MoDConfig(), recipe, read, out, options, teacher)
 
 
-def _text(text: Path, tokenizer: Any, recipe: Recipe, seed: int, kinds: dict[Kind, float]) -> Text:
+def _text(text: Path, tokenizer: Any, recipe: Recipe, seed: int, kinds: dict[Kind, float], fill: bool = True) -> Text:
     documents = list(read_documents(text, tokenizer, "train"))
-    blocks = mixed_blocks(random.Random(seed), documents, tokenizer, recipe.tokens, recipe.block, kinds)
+    blocks = mixed_blocks(random.Random(seed), documents, tokenizer, recipe.tokens, recipe.block, kinds, fill)
     return Text(blocks, pack(read_documents(text, tokenizer, "val"), 512, HELD_OUT_BLOCKS * 512))
 
 

@@ -36,7 +36,7 @@ TOKENS = 10_020_000
 SHORT_SHARE = 0.779  # of the tokens are seen in short blocks, which train faster; the rest in full contexts
 SECOND_TOKENS = 6_500_000  # of the second pass, whole documents kept apart
 SECOND = "second"  # the conversion's first stage begins with what this one left
-THIRD_TOKENS = 5_000_000  # of the third pass, with chats of several turns
+THIRD_TOKENS, THIRD_LONG = 3_500_000, 1_000_000  # of the third pass, with chats of several turns; then in full contexts
 SPECIAL = ["<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>{% endfor %}"
@@ -84,7 +84,7 @@ def train(
     named = list(model.named_parameters())
     matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in named if p.ndim != 2 or "embed" in n]
-    optimizer = MuonWithAdamW(matrices, lr, [{"params": others, "lr": lr}])
+    optimizer = MuonWithAdamW(matrices, lr, [{"params": others, "lr": lr}], weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape(step / steps))
     bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     arguments = TrainingArguments(
@@ -124,31 +124,29 @@ def make_parent(text: Path, work: Path, tokens: int = TOKENS, lr: float = 4e-3) 
 
 def _read_again(documents: list[list[int]], tokenizer: PreTrainedTokenizerFast, work: Path) -> Path:
     """The text twice more, no document seeing another: with facts to retrieve, then with chats of several turns too."""
-    short = int(THIRD_TOKENS * 0.7)
-
     def rise_and_fall(done: float) -> float:
         return min(1.0, done / 0.04 + 0.01, max(0.02, 1.02 - done))
 
     stages: list[tuple[str, int, int, dict[Kind, float], float, Callable[[float], float]]] = [
         (SECOND, SECOND_TOKENS, CONTEXT, SECOND_READING, 2e-3, rise_and_fall),
-        ("third", short, CONTEXT // 2, THIRD_READING, 2e-3, lambda t: min(1.0, t / 0.04 + 0.01, 1.02 - 0.7 * t)),
-        ("third-long", THIRD_TOKENS - short, CONTEXT, THIRD_READING, 6e-4, rise_and_fall),
+        ("third", THIRD_TOKENS, CONTEXT // 2, THIRD_READING, 2e-3, lambda t: min(1.0, t / 0.04 + 0.01, 1.02 - 0.7 * t)),
+        ("third-long", THIRD_LONG, CONTEXT, THIRD_READING, 6e-4, rise_and_fall),
     ]
     before = work / "long"
     for seed, (name, tokens, block, kinds, lr, shape) in enumerate(stages, 1):
         out = work / name
         if not (out / "final" / "model.safetensors").is_file():
-            packed = mixed_blocks(random.Random(seed), documents, tokenizer, tokens, block, kinds)
+            packed = mixed_blocks(random.Random(seed), documents, tokenizer, tokens, block, kinds, name != SECOND)
             model = LlamaForCausalLM.from_pretrained(before / "final", dtype=torch.float32)
             train(model, Documents(packed), block, out, lr, shape)
         before = out
     return before / "final"
 
 
-def tokens_seen(work: Path) -> int:
-    """Training tokens of the finished stages under ``work``."""
-    logs = [json.loads(path.read_text()) for path in work.glob("*/log.json")]
-    return sum(log[-1]["step"] * STEP_TOKENS for log in logs)
+def tokens_seen(work: Path, *stages: str) -> int:
+    """Training tokens of these stages under ``work``, or of all that are finished."""
+    found = [work / stage / "log.json" for stage in stages] or work.glob("*/log.json")
+    return sum(json.loads(path.read_text())[-1]["step"] * STEP_TOKENS for path in found)
 
 
 def _texts(text: Path) -> Iterator[str]:

@@ -22,6 +22,7 @@ Ids = list[int]
 Messages = list[dict[str, str]]
 Kind = Callable[[random.Random, list[Ids], Any, int], Ids]
 
+CONTEXT = 2048
 ROOM = 220  # tokens that facts, questions and answers may take beside their story
 GO_ON = (
     "And then?", "Continue.", "Go on.", "What happened next?", "Tell me more.", "Keep going.", "Please go on.",
@@ -31,21 +32,26 @@ _SENTENCE = re.compile(r"(?<=[.!?\"])\s+")
 
 
 def facts(rng: random.Random, documents: list[Ids], tokenizer: Any, block: int) -> Ids:
-    """A chat about facts hidden in one to three stories, as many short as long ones; all of it is learnt."""
-    return list(tokenizer.apply_chat_template(_facts(rng, documents, tokenizer, block))["input_ids"])
+    """A chat about facts hidden in one to three stories, as many short as long ones; all of it is learnt.
+
+    Whatever the block, it may fill the context; what is longer than the block loses its questions.
+    """
+    return list(tokenizer.apply_chat_template(_facts(rng, documents, tokenizer, CONTEXT))["input_ids"])
 
 
 def answers(rng: random.Random, documents: list[Ids], tokenizer: Any, block: int) -> Ids:
-    """The same, with the answers alone to be learnt: told as any other text, facts turn up in stories too."""
+    """The same, within the block, and the answers alone to be learnt: learnt as text, facts turn up in stories too."""
     row = {"messages": _facts(rng, documents, tokenizer, block)}
     return next(encode_rows(iter([("facts", row)]), tokenizer, responses=True))
 
 
 def continued(rng: random.Random, documents: list[Ids], tokenizer: Any, block: int) -> Ids:
     """A story told in two answers; in between the user asks for more."""
-    prompt, story = _turns(rng.choice(documents), tokenizer)
-    ends = [found.start() for found in _SENTENCE.finditer(story)]
-    at = ends[int(len(ends) * rng.uniform(0.25, 0.75))] if ends else len(story)
+    ends = list[int]()
+    while not ends:
+        prompt, story = _turns(rng.choice(documents), tokenizer)
+        ends = [found.start() for found in _SENTENCE.finditer(story)]
+    at = ends[int(len(ends) * rng.uniform(0.25, 0.75))]
     messages = [("user", prompt), ("assistant", story[:at]), ("user", rng.choice(GO_ON)), ("assistant", story[at:])]
     return _chat(messages, tokenizer)
 
@@ -64,9 +70,12 @@ THIRD_READING: dict[Kind, float] = {answers: 0.15, continued: 0.2, two_stories: 
 
 def mixed_blocks(
     rng: random.Random, documents: list[Ids], tokenizer: Any, tokens: int, block: int,
-    kinds: dict[Kind, float] = SECOND_READING,
+    kinds: dict[Kind, float], fill: bool = True,
 ) -> npt.NDArray[np.int32]:
-    """Documents in another order, shares of made ones among them, whole in blocks [N, 2, block]: see ``pack_whole``."""
+    """Documents in another order, shares of made ones among them, whole in blocks [N, 2, block]: see ``pack_whole``.
+
+    With ``fill``, what is left of a block takes the start of another document.
+    """
     mixed = list[Ids]()
     order = iter(rng.sample(documents, len(documents)))
     while tokens > 0:
@@ -80,7 +89,7 @@ def mixed_blocks(
             one = next(order)
         mixed.append(one)
         tokens -= len(one)
-    starts = (rng.choice(documents) for _ in itertools.count()) if kinds is THIRD_READING else None
+    starts = (rng.choice(documents) for _ in itertools.count()) if fill else None
     packed = pack_whole(mixed, block, tokenizer.pad_token_id, starts)
     np.random.default_rng(1).shuffle(packed)
     return packed

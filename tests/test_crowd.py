@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import random
@@ -19,6 +18,7 @@ from app.errors import UserError
 from app.service import Limits, Request, Service
 from app.tape import Piece, Tape
 from modification import generate
+from modification.measure.memory import trim
 
 USERS = 50
 
@@ -226,7 +226,7 @@ def test_memory_bounds_who_may_run(folder):
 def resident() -> int:
     """Bytes of this process in memory, what was freed given back."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    trim()
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 from pathlib import Path
@@ -19,7 +20,7 @@ from modification.measure import bench as bench_module
 from modification.measure.bench import bench, dense_twin, random_pair, table
 from modification.measure.cost import ModelShape
 from modification.measure.estimate import config_of, devices, estimate
-from modification.measure.memory import Peak
+from modification.measure.memory import Peak, trim
 from modification.measure.presets import preset, presets
 from modification.measure.speed import Work, threshold_for, time_bare, time_engine, time_stock
 
@@ -305,3 +306,22 @@ def test_chunks_bound_activations():
     assert estimate(preset("llama-2-7b"), context=10 * base.CHUNK).dense.activations < (
         2 * estimate(preset("llama-2-7b"), context=base.CHUNK).dense.activations
     )
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc's malloc")
+def test_freed_memory_below_what_is_still_used_goes_back():
+    """malloc gives back the top of its heap by itself, and what lies below only when told to."""
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+    blocks = [libc.malloc(ctypes.c_size_t(4_000)) for _ in range(20_000)]
+    for block in blocks:
+        ctypes.memset(block, 1, 4_000)
+    for block in blocks[:-1]:
+        libc.free(block)
+    before = resident()
+    trim()
+    assert before - resident() > 40e6
+    libc.free(blocks[-1])

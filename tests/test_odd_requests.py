@@ -222,6 +222,12 @@ def test_nobody_moves_the_p_of_a_programs_run(service, monkeypatch):
     ("call/sweep", {"data": [{"path": "a secret text", "meta": {}}, None, "", 0]}, "value 1 has to be"),
     ("call/estimate", {"data": ["llama-2-7b", ["a secret text"], 1, 0.5, "bf16", "own", "h200"]}, "value 2 has to be"),
     ("call/nothing", {"data": ["a secret text"]}, "no endpoint nothing"),
+    ("call/v2/nothing", {"prompt": "a secret text"}, "no endpoint nothing"),
+    ("call/v2/generate", {"a secret text": 1}, "takes prompt, p, model"),
+    ("call/v2/generate", {"p": 0.5}, "needs prompt"),
+    ("call/v2/generate", {"prompt": {"path": "a secret text", "meta": {}}}, "value 1 has to be"),
+    ("queue/join", {"data": ["a secret text"] * 40, "fn_index": "1", "session_hash": "s"}, "fn_index has to be"),
+    ("run/generate", {"data": ["a secret text"] * 40, "fn_index": 1}, "and 40 came"),
     ("queue/join", {"data": ["a secret text"] * 40, "fn_index": 1, "session_hash": "s"}, "and 40 came"),
     ("queue/join", {"data": ["a secret text"], "fn_index": 99999, "session_hash": "s"}, ""),
     ("run/predict", {"data": ["a secret text"] * 40, "fn_index": -1}, ""),
@@ -233,6 +239,28 @@ def test_calls_that_do_not_fit_are_told_so_and_leave_no_text_in_the_log(address,
     assert sentence in answer.text
     assert "a secret text" not in answer.text
     assert "a secret text" not in "".join(capfd.readouterr())
+
+
+def test_calls_that_fit_pass(service):
+    """Numbers whole or not, settings left out or cleared, a model that is not in the list, an uploaded file."""
+    demo = ui.build(service)
+    calls = Calls(demo)
+
+    def said(path, call):
+        return calls.complaint(f"/gradio_api/{path}", json.dumps(call).encode())
+
+    assert said("call/generate", {"data": ["Hello", 1, "", 3, 0, 1, 0, 0, True]}) is None
+    assert said("call/generate", {"data": ["Hello", 0.5, *[None] * 7]}) is None
+    assert said("call/v2/generate", {"prompt": "Hello", "p": 0, "oauth_token": "x"}) is None
+    assert said("call/v2/sweep", {"text": "Hello", "thresholds": [0, 0.5]}) is None
+    assert said("queue/join", {"data": ["a"] * 40, "fn_index": 10**6, "session_hash": "s"}) is None
+    for sort, value in (
+        ("Dropdown", "owner/name"), ("Slider", 1), ("Slider", 0.5), ("Checkbox", False), ("Number", 7),
+        ("UploadButton", {"path": "/tmp/gradio/a.json", "orig_name": "a.json", "meta": {"_type": "gradio.FileData"}}),
+    ):
+        for number, fn in demo.fns.items():
+            data = [value if type(block).__name__ == sort else None for block in fn.inputs]
+            assert said("queue/join", {"data": data, "fn_index": number, "session_hash": "s"}) is None
 
 
 def test_values_of_a_wrong_type_are_told_so_and_leave_no_text_in_the_log(address, service, capfd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from modification import MoDConfig, convert, load
 from modification.conversion import layers as choosing
+from modification.conversion import train as training
 from modification.conversion.calibrate import fit_dial, fit_routers
 from modification.conversion.checks import Options
 from modification.conversion.data import Text
@@ -227,8 +229,12 @@ def test_a_mod_model_goes_on_beside_its_dense_parent(blocks, tmp_path):
     text = Text(blocks, blocks[:4])
     model, first, _ = run(recipe, blocks, tmp_path / "first")
     dial = model.mod_config.dial
-    with torch.enable_grad(), pytest.raises(ValueError, match="give that as the teacher"):
-        train(model, tiny_tokenizer(), MoDConfig(), recipe, text, tmp_path / "refused")
+    for other, teacher, sentence in (
+        (recipe, None, "give that as the teacher"), (recipe, mod_model("llama"), "give that as the teacher"),
+        (named("paper", **SMALL), dense_model("llama"), "convert the parent by it"),
+    ):
+        with torch.enable_grad(), pytest.raises(ValueError, match=sentence):
+            train(model, tiny_tokenizer(), MoDConfig(), other, text, tmp_path / "refused", None, teacher)
     with torch.enable_grad():
         longer = named("any-p", **{**SMALL, "tokens": 2 * SMALL["tokens"]})
         second = train(
@@ -241,9 +247,13 @@ def test_a_mod_model_goes_on_beside_its_dense_parent(blocks, tmp_path):
     assert again.mod_layers == model.mod_layers
 
 
+HAS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+
+
 @pytest.mark.parametrize(
     "changes", [{"hidden": 0.5}, {"paired": True}, {"paired": True, "hidden": 0.5}, {"path": "gathered"},
-                {"accumulate": 2}, {"checkpoint_activations": True}, {"optimizer": "muon"}],
+                {"accumulate": 2}, {"checkpoint_activations": True},
+                pytest.param({"optimizer": "muon"}, marks=HAS_MUON)],
 )
 def test_options_of_a_recipe_train(changes, blocks, tmp_path):
     """Losses are finite, logged and fall."""
@@ -254,6 +264,7 @@ def test_options_of_a_recipe_train(changes, blocks, tmp_path):
     assert ("hidden_distance" in log[0]) == ("hidden" in changes)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 def test_a_compiled_loss_changes_no_curve(blocks, tmp_path):
     """The log's losses are those of the loss that is not compiled."""
     logs = []
@@ -266,7 +277,7 @@ def test_a_compiled_loss_changes_no_curve(blocks, tmp_path):
             assert theirs[name] == pytest.approx(ours[name], rel=1e-4)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@HAS_MUON
 def test_muon_goes_on_from_its_saved_state():
     """Five steps, saved and loaded after two, are five steps; both parts follow one schedule."""
     def steps(stopped):
@@ -290,6 +301,28 @@ def test_muon_goes_on_from_its_saved_state():
 
     for ours, theirs in zip(steps(True).values(), steps(False).values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@HAS_MUON
+def test_a_run_by_muon_resumes_to_the_same_weights(blocks, tmp_path, monkeypatch):
+    """Those of a run that was never stopped: its state goes through Trainer's checkpoint."""
+    recipe = named("any-p", **{**SMALL, "tokens": 24 * 4 * 16}, optimizer="muon")
+    whole, _, _ = run(recipe, blocks, tmp_path / "whole", save_steps=8)
+
+    class StopsAtStep12(training.ProgressBar):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            if state.global_step == 12:
+                raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "ProgressBar", StopsAtStep12)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(recipe, blocks, tmp_path / "stopped", save_steps=8)
+    resumed, _, report = run(recipe, blocks, tmp_path / "stopped", save_steps=8, resume=True)
+    assert report["resumed"]
+    for ours, theirs in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True):
+        assert_close(ours, theirs)
 
 
 def _muon(model):

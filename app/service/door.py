@@ -31,7 +31,7 @@ from app.service.talks import Talks
 from app.service.zero import Zero
 from app.tape import Tape, summary, tape_of_trace
 from modification import RoutingTrace
-from modification.measure.memory import available_bytes
+from modification.measure.memory import available_bytes, trim
 
 
 class Service:
@@ -100,12 +100,13 @@ class Service:
         return Options(dtype, quantization, device).label(source)
 
     def keep_tidy(self, every: float = 30.0) -> threading.Thread:
-        """Start letting go of unused models in the background."""
+        """Start letting go of unused models, and of memory that malloc keeps, in the background."""
         def tidy() -> None:
             while True:
                 time.sleep(every)
                 self.talks.store.close_idle(time.monotonic())
                 self.library.unload_idle()
+                trim()
 
         thread = threading.Thread(target=tidy, daemon=True)
         thread.start()

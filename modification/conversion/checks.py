@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,8 +39,8 @@ class Options:
         report_to: Trainer's trackers, as it names them.
         save_steps: steps between checkpoints; None: a tenth of the run, 20 to 200.
         fsdp: shard the model over processes (FSDP2), layer by layer.
-        compile: compile the loss (some seconds, once; needs a C++ compiler on CPUs). The larger the vocabulary, the
-            more of a step it saves.
+        compile: compile a loss that has a divergence from a teacher in it (some seconds, once; needs a C++ compiler
+            on CPUs). The larger the vocabulary, the more of a step it saves.
         facts: more for the report.
     """
 
@@ -122,8 +123,13 @@ def _check_room(out: Path, model: PreTrainedModel, recipe: Recipe) -> None:
 
 def _check_launch(recipe: Recipe, options: Options) -> None:
     """What this machine or these processes can't do, before anything is done."""
-    if options.compile and not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "clang++"))):
-        raise ValueError("compiling needs a C++ compiler (g++ or clang++), and there is none: leave --compile out")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # torch takes no other
+    if options.compile and not torch.cuda.is_available() and not shutil.which(compiler):
+        raise ValueError(f"compiling needs a C++ compiler, and {compiler} is not there: leave --compile out")
+    if recipe.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"optimizer='muon' needs torch 2.9 or newer; this is {torch.__version__}: choose 'adamw'")
+    if recipe.optimizer == "muon" and options.fsdp:
+        raise ValueError("Muon's steps need whole matrices, which FSDP cuts up: choose 'adamw', or leave FSDP out")
     (_, world), gpus = processes(), torch.cuda.device_count()
     if options.fsdp and (world == 1 or not gpus):
         raise ValueError("FSDP needs several processes (accelerate launch), each with an accelerator of its own")
@@ -157,7 +163,9 @@ def _check_same_run(
     }
     run = json.loads(json.dumps(run))
     if resumed and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        # A setting that an earlier version did not know was as it is by default.
+        usual = {one.name: one.default for one in dataclasses.fields(Recipe)}
+        before = {**usual, **json.loads(path.read_text(encoding="utf-8"))}
         changed = [f"{name} {before.get(name)} (now {run[name]})" for name in run if before.get(name) != run[name]]
         if changed:
             raise ValueError(f"{path.parent} was started with {', '.join(changed)}: resume with the same settings")

@@ -106,8 +106,8 @@ def pack_whole(
 
     The first plane holds token ids, the second each token's place in its own document, counted from 0; transformers
     keeps documents apart by such position ids where there is no cache. What is left of a block is filled with the
-    start of one of the ``fillers``, if given; or else is ``padding``, a document of its own whose places run on from
-    ``block``, so that it can be told apart.
+    start of one of the ``fillers`` (endless), if given; or else is ``padding``, a document of its own whose places run
+    on from ``block``, so that it can be told apart.
     """
     rows: list[tuple[list[int], list[int]]] = []
     open_rows: list[int] = []

@@ -15,20 +15,18 @@ class MuonWithAdamW(torch.optim.Optimizer):
     Muon orthogonalises each update (https://kellerjordan.github.io/posts/muon/), which is defined for matrices alone.
     Its steps are scaled to AdamW's size, so that a rate means the same for both.
 
+    Needs torch 2.9 or newer.
+
     Args:
         matrices: weights for Muon, two-dimensional each.
         lr: their rate.
-        others: parameter groups for AdamW, each with its own ``lr``.
-
-    Raises:
-        ValueError: this torch has no Muon (it came with 2.9).
+        others: parameter groups for AdamW, each with its own ``lr``; their weights don't decay.
+        weight_decay: of the matrices.
     """
 
     def __init__(
-        self, matrices: list[Tensor], lr: float, others: list[dict[str, Any]], weight_decay: float = 0.1
+        self, matrices: list[Tensor], lr: float, others: list[dict[str, Any]], weight_decay: float = 0.0
     ) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"optimizer='muon' needs torch 2.9 or newer; this is {torch.__version__}: choose 'adamw'")
         self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         super().__init__(self.muon.param_groups + self.adamw.param_groups, {})

@@ -74,7 +74,7 @@ def next_token_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = Non
 def divergence(teacher: Tensor, student: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """KL(teacher || student) of next-token distributions, nats, mean as in ``next_token_loss``; logits [B, T, V]."""
     learnt = Learnt.of(labels, weights)
-    return learnt.mean(lag(learnt.pick(teacher), learnt.pick(student)))
+    return learnt.mean(excess(learnt.pick(student), learnt.pick(teacher)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,15 +106,15 @@ def surprise(logits: Tensor, wanted: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), wanted, reduction="none")
 
 
-def lag(teacher: Tensor, student: Tensor) -> Tensor:
+def excess(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) of each token, nats, [N]; logits [N, V]."""
     ours, theirs = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
     return (theirs.exp() * (theirs - ours)).sum(-1)
 
 
-def surprise_and_lag(student: Tensor, teacher: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def surprise_and_excess(student: Tensor, teacher: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Both at once: compiled, they pass over the vocabulary as few times as can be."""
-    return surprise(student, wanted), lag(teacher, student)
+    return surprise(student, wanted), excess(student, teacher)
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:

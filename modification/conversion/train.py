@@ -63,8 +63,9 @@ def train(
         teacher: another model of the same vocabulary to learn from; the dense parent by default.
 
     Raises:
-        ValueError: too little text for one batch, a teacher of another vocabulary, a MoD model without one, or a
-            resumed run's settings differ from those it began with.
+        ValueError: too little text for one batch; a teacher of another vocabulary, or one that is no dense model; a MoD
+            model without one, or with a recipe of another gate; or a resumed run's settings differ from those it began
+            with.
         InterruptedError: the process was told to terminate; a checkpoint holds what was done.
         FileExistsError: ``out`` holds a finished conversion, an unfinished one and ``resume`` is not set, or anything
             else: the parent, say.
@@ -75,13 +76,13 @@ def train(
         raise ValueError(f"the text gives {len(text.blocks)} blocks of {recipe.block} tokens, fewer than a batch of "
                          f"{recipe.batch}: give more text, or a smaller batch or block")
     onwards = isinstance(model, MoDModel)
-    if onwards and teacher is None:
-        raise ValueError("a MoD model goes on training beside its dense parent: give that as the teacher")
+    _check_teacher(teacher, model, recipe)
     config = model.mod_config if onwards else dataclasses.replace(config, gate=recipe.gate)
     last = prepare_folder(out, model, recipe, config, text, options)
     if teacher is None and (recipe.kl or recipe.hidden or text.reweight) and recipe.steps:
         teacher = copy.deepcopy(model)
-    _check_teacher(teacher, model)
+    if teacher is not None:
+        teacher.eval().requires_grad_(False)
     torch.manual_seed(recipe.seed)
     model.eval()
     parent = reference_of(teacher if onwards else model, text.held_out)
@@ -101,7 +102,7 @@ def train(
         return []
     dial = fit_dial(model, text.first(CALIBRATION_TOKENS))
     facts = {
-        "mod": model.config.mod, "seconds_this_run": round(seconds, 1), "resumed": last is not None,
+        "mod": model.config.mod, "onwards": onwards, "seconds_this_run": round(seconds, 1), "resumed": last is not None,
         "calibration": dataclasses.asdict(dial), "benefits": benefits,
         "distributed": spread, "sources": list(text.names),
         **options.facts,
@@ -142,13 +143,16 @@ def _plot(out: Path) -> None:
         plot_run(log, out / "plots")
 
 
-def _check_teacher(teacher: Any, model: PreTrainedModel) -> None:
-    if teacher is None:
-        return
-    theirs, ours = teacher.config.vocab_size, model.config.vocab_size
-    if theirs != ours:
-        raise ValueError(f"the teacher has {theirs} tokens and the parent {ours}: KL needs one vocabulary")
-    teacher.eval().requires_grad_(False)
+def _check_teacher(teacher: Any, model: Any, recipe: Recipe) -> None:
+    onwards = isinstance(model, MoDModel)
+    if onwards and (teacher is None or isinstance(teacher, MoDModel)):
+        raise ValueError("a MoD model goes on training beside its dense parent: give that as the teacher")
+    if onwards and recipe.gate != model.mod_config.gate:
+        raise ValueError(f"a model with gate={model.mod_config.gate!r} can't go on by recipe {recipe.name}, which has "
+                         f"{recipe.gate!r}: convert the parent by it")
+    if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
+        raise ValueError(f"the teacher has {teacher.config.vocab_size} tokens and the parent "
+                         f"{model.config.vocab_size}: KL needs one vocabulary")
 
 
 def _run(

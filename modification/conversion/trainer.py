@@ -67,8 +67,8 @@ class ConversionTrainer(Trainer):
     """transformers.Trainer with a recipe's loss; its parts, the load and each MoD layer's load in its log."""
 
     def __init__(self, recipe: Recipe, teacher: nn.Module | None, compiled: bool = False, **kwargs: Any) -> None:
-        judge = objectives.surprise_and_lag
-        self._judge: Callable[..., tuple[Tensor, Tensor]] = torch.compile(judge, dynamic=True) if compiled else judge
+        both: Callable[..., tuple[Tensor, Tensor]] = objectives.surprise_and_excess
+        self._both = torch.compile(both, dynamic=True) if compiled else both
         self.recipe, self.layers = recipe, len(kwargs["model"].mod_layers)
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it over accumulated parts
@@ -195,8 +195,8 @@ class ConversionTrainer(Trainer):
         learnt = objectives.Learnt.of(labels, weights)
         student = learnt.pick(logits)
         if taught is not None and self.recipe.kl:
-            surprise, lag = self._judge(student, learnt.pick(taught.logits), learnt.wanted)
-            parts = {"cross_entropy": learnt.mean(surprise), "kl": learnt.mean(lag)}
+            nats, over = self._both(student, learnt.pick(taught.logits), learnt.wanted)
+            parts = {"cross_entropy": learnt.mean(nats), "kl": learnt.mean(over)}
         else:
             parts = {"cross_entropy": learnt.mean(objectives.surprise(student, learnt.wanted))}
         if taught is not None and self.recipe.hidden:

@@ -44,7 +44,7 @@ def optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
     ]
     groups = [group for group in groups if group["params"]]
     if matrices:
-        return MuonWithAdamW(list(matrices.values()), lr, groups, weight_decay=0.0)
+        return MuonWithAdamW(list(matrices.values()), lr, groups)
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
 

@@ -39,7 +39,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._idle = torch.cuda.memory_allocated(self.device)
         else:
-            _trim()
+            trim()
             self._idle = _reset_high_water() or 0
         return self
 
@@ -113,6 +113,13 @@ def _stored(name: str, kind: str, shape: list[int], dtype: torch.dtype | None, q
     return count * (dtype.itemsize if dtype is not None else _BYTES.get(kind, 4))
 
 
+def trim() -> None:
+    """Give whole pages of freed memory back to the system, so that they don't count as in use (glibc)."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if give_back is not None:
+        give_back(ctypes.c_size_t(0))
+
+
 def _reset_high_water() -> int | None:
     """Set the high-water mark back to what is resident now, in bytes; None if the system has no such thing."""
     try:
@@ -128,10 +135,3 @@ def _read(name: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * _KIB for line in lines if line.startswith(f"{name}:")), None)
-
-
-def _trim() -> None:
-    """Give freed memory back to the system, so that it isn't counted as in use (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -118,8 +118,8 @@ def card(report: dict[str, Any], rows: Sequence[Row], name: str, parent: str) ->
         f"{parent[:1].upper()}{parent[1:]} as a Mixture-of-Depths model: each MoD layer ({layers}) has a router, and a "
         "token goes through it only when its score reaches the threshold p, 0 to 1. Skipped tokens cost no compute "
         "there and leave no keys and values in the cache.",
-        f"Converted with the `{report['recipe']}` recipe in {report['seconds_this_run']:,.0f} s. {learnt} Text: "
-        f"{', '.join(report.get('sources') or ['?'])}.",
+        f"{'Trained on' if report.get('onwards') else 'Converted'} with the `{report['recipe']}` recipe in "
+        f"{report['seconds_this_run']:,.0f} s. {learnt} Text: {', '.join(report.get('sources') or ['?'])}.",
         table(rows, "the parent's"),
         f"Over {report['held_out_tokens']:,} held-out tokens; ± is a 95% confidence interval over blocks; KV and "
         f"compute are shares of the dense parent's.{own}",
