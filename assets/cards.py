@@ -22,26 +22,25 @@ tags: [text-generation, storytelling]
 ---
 # {f['name']}
 
-A chat-shaped storyteller of {f['parameters'] / 1e6:.1f} M parameters: Llama architecture, 12 layers of width 256,
-4 heads over 2 KV heads, context 2,048, byte-level BPE of 4,096. Small enough to ship, large enough to read.
+A chat-shaped storyteller of {f['parameters'] / 1e6:.1f} M parameters: Llama architecture, 14 layers of width 384,
+6 heads over 2 KV heads, context 2,048, byte-level BPE of 4,096. Small enough to ship, large enough to read.
 
 {_data(f)}
 
 | measured | value |
 |---|---|
-| training tokens seen | {f['parent_tokens']:,} (most of the text once, half of it again, a third of it a third time) |
+| training tokens seen | {f['parent_tokens']:,} (about six readings of the text, with chats made of it) |
 | held-out loss | {f['dense_loss']:.3f} ± {f['dense_error']:.3f} nats per token |
 | held-out bits per byte of text | {f['bits_per_byte']:.3f} |{beside}
 | the same text, `xz -9e` | {f['xz_bits_per_byte']:.3f} bits per byte |
 
 Held out: the first {f['held_out_tokens']:,} tokens of the {f['val_documents']} val documents, in blocks of 512, so
 that every block starts without its past; ± is the standard error over blocks. `xz` packs all val documents together.
+On the text that it was trained on its loss was 1.40 in the end: it knows much of it by heart.
 
 **Facts told early and asked for at the end** (greedy, 40 questions a row, standard error up to 0.08):
 
 {_retrieval(f, dense_only=True)}
-
-Beyond some 1,200 tokens it fails: few training examples were longer.
 
 **Ten prompts of the val split**, answered greedily and sampled, are in `samples.json` beside the MoD model. Read and
 judged: sentences end and paragraphs hold together; the hero's name stays in nearly every sample, while the names in the
@@ -66,14 +65,16 @@ tags: [text-generation, storytelling, mixture-of-depths, modification]
 ---
 # {f['name']}-MoD
 
-[{f['name']}](../{f['name']}) as a Mixture-of-Depths model: its 10 inner layers each have a router, and a token goes
+[{f['name']}](../{f['name']}) as a Mixture-of-Depths model: its 12 inner layers each have a router, and a token goes
 through such a layer only when its score reaches the threshold p. One set of weights serves every p; load is about
 1 - p. Skipped tokens cost no compute in that layer and leave no keys and values in the cache.
 
-Converted with the any-p recipe in two stages, all weights trained: {f['stages'][0]:,} tokens from the parent as it was
-after two readings of the text, then {f['stages'][1]:,} beside the parent as it is shipped, by Muon. Whole documents
-in blocks, with facts to retrieve and chats of several turns among them; then the dial was bent so that load follows
-1 - p.
+Converted with the any-p recipe in two stages, all weights trained: {f['stages'][0]:,} tokens beside the parent, by Muon
+(whole documents in blocks of 2,048, with facts to retrieve and chats of several turns among them); then
+{f['stages'][1]:,} on the first 512 tokens of stories, at p from 0.3 on, its load held more tightly, beside itself at
+p = 0. That stage gains at loads below 0.4 and costs at those above, so that the shipped weights lie a quarter of the
+way to where it ended (of 0, 1/4, 1/2 and 1 what did best at half load on the held-out stories). Then the dial was bent
+so that load follows 1 - p.
 
 {_data(f)}
 
@@ -82,7 +83,8 @@ in blocks, with facts to retrieve and chats of several turns among them; then th
 
 The parent's own loss is {f['dense_loss']:.3f} on the same {f['held_out_tokens']:,} held-out tokens (± is one standard
 error). The parent has seen {f['parent_tokens'] / 1e6:.1f} M tokens of the text in all, this model
-{f['mod_tokens'] / 1e6:.1f} M, dense and converted.
+{f['mod_tokens'] / 1e6:.1f} M, dense and converted. At p = 0 it does better than its parent: learning from a fixed
+teacher, it overfits less. Against itself at p = 0, p = 0.5 costs {_at(f, 0.5) / _at(f, 0.0) - 1:.1%}.
 
 **Facts told early and asked for at the end** (measured; greedy, 40 questions each, standard error up to 0.08):
 
@@ -103,6 +105,11 @@ import modification
 model, tokenizer = modification.load("assets/{f['name']}-MoD")
 ```
 """
+
+
+def _at(f: dict[str, Any], p: float) -> float:
+    """Held-out loss at p."""
+    return float(next(row["loss"] for row in f["sweep"] if row["p"] == p))
 
 
 def _retrieval(f: dict[str, Any], dense_only: bool = False) -> str:

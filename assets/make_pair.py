@@ -1,6 +1,6 @@
 """Make the shipped pair from text: dense parent, any-p conversion, example trace. Resumable.
 
-    PYTHONPATH=. python assets/make_pair.py TEXT.jsonl[.xz] [--name Llama-Storyteller-10M] [--work runs/storyteller]
+    PYTHONPATH=. python assets/make_pair.py TEXT.jsonl[.xz] [--name Llama-Storyteller-22M] [--work runs/NAME]
 
 TEXT holds one JSON object a line with `prompt` and `response`, and `split` "train" or "val". Any text of
 that form makes another pair: give it another --name (a model trained on text that Llama wrote must start
@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from make_parent import SECOND, TOKENS, make_parent, tokens_seen
-from mixture import SECOND_READING, THIRD_READING, Kind, mixed_blocks
+from make_parent import LONG_READINGS, TOKENS, make_parent, masks_by_cudnn, tokens_seen
+from mixture import CONTEXT, readings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.service import Request
@@ -32,68 +32,80 @@ from modification.conversion.checks import Options
 from modification.conversion.data import Text, pack, read_documents
 from modification.conversion.recipes import Recipe
 from modification.conversion.train import train
+from modification.measure.bench import dense_twin
 from modification.measure.cost import ModelShape
 from modification.routing import is_router
 
 ASSETS = Path(__file__).resolve().parent
-DIAL_TOKENS = 49_152
-ONWARDS_TOKENS = 3_600_000  # of the conversion's second stage
+MOD_TOKENS, ONWARDS_TOKENS = 28_508_160, 1_024_000  # of the conversion's stages
+LATER = 0.25  # share of the second stage in the shipped weights: it costs at high loads what it gains at low ones
+DIAL_TOKENS = 32_768
 HELD_OUT_BLOCKS = 48
 EXAMPLE = "Write a bedtime story called `The Lantern in the Snow`."
 
 
-def make_pair(text: Path, name: str, work: Path, parent_tokens: int, mod_tokens: int) -> None:
-    """Run every stage that is not done yet and write the two folders under ``assets/``."""
+def make_pair(
+    text: Path, name: str, work: Path, parent_tokens: int = TOKENS, mod_tokens: int = MOD_TOKENS
+) -> None:
+    """Run every stage that is not done yet and write the two folders under ``assets/``, if they aren't there."""
     parent = make_parent(text, work, parent_tokens)
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     converted, onwards = work / "mod", work / "mod-onwards"
     if not (converted / "report.json").is_file():
-        _convert(text, work / SECOND / "final", tokenizer, converted, mod_tokens, {"parent": name})
+        convert(work, text, parent, tokenizer, mod_tokens, {"parent": name})
     if not (onwards / "report.json").is_file():
-        _go_on(text, converted, parent, tokenizer, onwards, {"parent": name})
+        go_on(work, text, tokenizer, ONWARDS_TOKENS, {"parent": name})
     dense, mod = ASSETS / name, ASSETS / f"{name}-MoD"
+    if (mod / "facts.json").is_file():
+        return
     _ship(AutoModelForCausalLM.from_pretrained(parent), tokenizer, dense)
-    model = load(onwards)[0]
+    model = blend(converted, onwards)
     documents = list(read_documents(text, tokenizer, "train"))
     np.random.default_rng(3).shuffle(documents)
     bend_dial(model, pack(documents, 512, DIAL_TOKENS))  # on the text as it comes, without the facts mixed in
     _ship(model, tokenizer, mod)
     shutil.copy(onwards / "report.json", mod / "report.json")
     stages = [json.loads((folder / "report.json").read_text())["tokens"] for folder in (converted, onwards)]
-    dense_tokens = tokens_seen(work, "short", "long", SECOND)
-    seen = {"parent_tokens": tokens_seen(work), "stages": stages, "mod_tokens": dense_tokens + sum(stages)}
+    seen = {"parent_tokens": tokens_seen(work), "stages": stages, "mod_tokens": tokens_seen(work) + sum(stages)}
     (mod / "facts.json").write_text(json.dumps({"name": name, **seen}), encoding="utf-8")
     _example(mod)
 
 
-def _convert(text: Path, parent: Path, tokenizer: Any, out: Path, tokens: int, facts: dict[str, Any]) -> None:
-    """The first stage: the parent of two readings becomes a MoD model."""
-    recipe = Recipe(tokens=tokens, block=1024, batch=3, lr=1e-3, bf16=_bf16())
-    model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
-    read = _text(text, tokenizer, recipe, 2, SECOND_READING, fill=False)
-    train(model, tokenizer, MoDConfig(layers="inner"), recipe, read, out, Options(resume=True, facts=facts))
-
-
-def _go_on(text: Path, converted: Path, parent: Path, tokenizer: Any, out: Path, facts: dict[str, Any]) -> None:
-    """The second: it goes on beside the parent of three readings."""
+def convert(work: Path, text: Path, parent: Path, tokenizer: Any, tokens: int, facts: dict[str, Any]) -> None:
+    """The parent becomes a MoD model, beside itself as a teacher."""
     recipe = Recipe(
-        tokens=ONWARDS_TOKENS, block=1280, batch=4, p_range=(0.05, 0.8), optimizer="muon", lr=1e-3, bf16=_bf16()
+        tokens=tokens, block=CONTEXT, batch=24, p_range=(0.05, 0.85), ce=0.2, kl=0.8, optimizer="muon", lr=1.5e-3
     )
-    model = load(converted, dtype=torch.float32)[0]
-    teacher = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
-    read = _text(text, tokenizer, recipe, 6, THIRD_READING)
-    options = Options(resume=True, compile=True, facts=facts, save_steps=40)
-    train(model, tokenizer, MoDConfig(), recipe, read, out, options, teacher)
+    model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
+    read = _text(readings(work, text, tokenizer, CONTEXT, LONG_READINGS), text, tokenizer)
+    options = Options(resume=True, compile=True, facts=facts, save_steps=max(1, recipe.steps // 4))
+    train(model, tokenizer, MoDConfig(layers="inner"), recipe, read, work / "mod", options)
 
 
-def _text(text: Path, tokenizer: Any, recipe: Recipe, seed: int, kinds: dict[Kind, float], fill: bool = True) -> Text:
-    documents = list(read_documents(text, tokenizer, "train"))
-    blocks = mixed_blocks(random.Random(seed), documents, tokenizer, recipe.tokens, recipe.block, kinds, fill)
+def go_on(work: Path, text: Path, tokenizer: Any, tokens: int, facts: dict[str, Any]) -> None:
+    """Its load is held more tightly, and at high p, beside itself at p = 0; on the stories' first 512 tokens."""
+    recipe = Recipe(
+        tokens=tokens, block=512, batch=8, p_range=(0.3, 0.85), dense_share=0.125, penalty=4.0, ce=0.2, kl=0.8,
+        lr=4e-4, router_lr=3e-3,
+    )
+    model = load(work / "mod", dtype=torch.float32)[0]
+    read = _text(readings(work, text, tokenizer, 512, 1), text, tokenizer)
+    options = Options(resume=True, facts=facts, save_steps=50)
+    train(model, tokenizer, MoDConfig(), recipe, read, work / "mod-onwards", options, dense_twin(model))
+
+
+@torch.no_grad()
+def blend(first: Path, second: Path) -> Any:
+    """The first stage's model with weights moved a part of the way to the second's."""
+    model, further = (load(folder, dtype=torch.float32)[0] for folder in (first, second))
+    later = dict(further.named_parameters())
+    for weight_name, weight in model.named_parameters():
+        weight.lerp_(later[weight_name], LATER)
+    return model
+
+
+def _text(blocks: npt.NDArray[np.int32], text: Path, tokenizer: Any) -> Text:
     return Text(blocks, pack(read_documents(text, tokenizer, "val"), 512, HELD_OUT_BLOCKS * 512))
-
-
-def _bf16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _ship(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -102,7 +114,9 @@ def _ship(model: Any, tokenizer: Any, folder: Path) -> None:
         if not is_router(weight_name):
             weight.data = weight.data.to(torch.bfloat16)
     model.config.dtype, model.config.use_cache = torch.bfloat16, True  # training turned the cache off
+    model.generation_config.use_cache = True
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
 
 
@@ -126,12 +140,13 @@ def _example(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--name", default="Llama-Storyteller-10M")
-    parser.add_argument("--work", type=Path, default=Path("runs/storyteller"))
+    parser.add_argument("--name", default="Llama-Storyteller-22M")
+    parser.add_argument("--work", type=Path, help="where stages and checkpoints lie (default: runs/NAME)")
     parser.add_argument("--parent-tokens", type=int, default=TOKENS)
-    parser.add_argument("--mod-tokens", type=int, default=4_000_000)
-    arguments = parser.parse_args()
-    make_pair(arguments.text, arguments.name, arguments.work, arguments.parent_tokens, arguments.mod_tokens)
+    parser.add_argument("--mod-tokens", type=int, default=MOD_TOKENS)
+    given = parser.parse_args()
+    masks_by_cudnn()
+    make_pair(given.text, given.name, given.work or Path("runs") / given.name, given.parent_tokens, given.mod_tokens)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from modification.measure.report import record, rows_of
 from modification.measure.retrieval import accuracy
 
 ASSETS = Path(__file__).resolve().parent
-NAME = "Llama-Storyteller-10M"
+NAME = "Llama-Storyteller-22M"
 HELD_OUT_BLOCKS, BLOCK = 48, 512
 DISTANCES, TRIALS, RETRIEVED_P = (64, 256, 512, 1024, 1800), 40, (0.0, 0.3, 0.5, 0.7)
 SAMPLES, SAMPLE_TOKENS = 10, 220
@@ -43,8 +43,8 @@ KINDS = ("punctuation", "sentence start", "capitalised within", "seen before in 
 
 def measure(text: Path, name: str, rival: Path | None) -> dict[str, Any]:
     """All figures of both cards."""
-    dense, tokenizer = load(ASSETS / name)
-    mod, _ = load(ASSETS / f"{name}-MoD")
+    dense, tokenizer = load(ASSETS / name, dtype=torch.float32)
+    mod, _ = load(ASSETS / f"{name}-MoD", dtype=torch.float32)
     documents = list(read_documents(text, tokenizer, "val"))
     blocks = pack(documents, BLOCK, HELD_OUT_BLOCKS * BLOCK)
     reference, _ = reference_of(dense, blocks, p=0.0)
@@ -131,7 +131,7 @@ def samples(text: Path, name: str) -> list[dict[str, Any]]:
     with opener(text, "rt", encoding="utf-8") as file:
         prompts = [row["prompt"] for row in map(json.loads, file) if row.get("split") == "val"]
     chosen = random.Random(7).sample(prompts, SAMPLES)
-    (dense, tokenizer), (mod, _) = load(ASSETS / name), load(ASSETS / f"{name}-MoD")
+    (dense, tokenizer), (mod, _) = (load(ASSETS / one, dtype=torch.float32) for one in (name, f"{name}-MoD"))
     made = []
     for at, prompt in enumerate(chosen):
         ids = encode_prompt(tokenizer, prompt)
@@ -192,7 +192,8 @@ def _correct_report(path: Path, facts: dict[str, Any]) -> None:
     """The conversion's report, with the sweep of the shipped dial; what else it measured before that goes."""
     report = json.loads(path.read_text(encoding="utf-8"))
     kept = {name: value for name, value in report.items() if name not in ("retrieval", "samples")}
-    path.write_text(json.dumps({**kept, "sweep": facts["sweep"]}, indent=1), encoding="utf-8")
+    kept |= {"sweep": facts["sweep"], "parent_loss": facts["dense_loss"]}  # its last teacher was not the parent
+    path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
 def write_cards(facts: dict[str, Any]) -> None:

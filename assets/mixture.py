@@ -1,26 +1,30 @@
 """What the storyteller reads: stories as they come, and chats made of them by rules. Packed whole into blocks.
 
-Boundary: documents of token ids in, blocks out; knows the chat template, and nothing of models.
+Knows the text and the chat template, and nothing of models.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import multiprocessing
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from modification.conversion.data import encode_rows, pack_whole
+from modification.conversion.data import encode_rows, pack_whole, read_documents
 from modification.measure.retrieval import conversation, cut
 
 Ids = list[int]
 Messages = list[dict[str, str]]
-Kind = Callable[[random.Random, list[Ids], Any, int], Ids]
+Kind = Callable[[random.Random, list[Ids], Any], Ids]
 
 CONTEXT = 2048
 ROOM = 220  # tokens that facts, questions and answers may take beside their story
@@ -31,21 +35,16 @@ GO_ON = (
 _SENTENCE = re.compile(r"(?<=[.!?\"])\s+")
 
 
-def facts(rng: random.Random, documents: list[Ids], tokenizer: Any, block: int) -> Ids:
-    """A chat about facts hidden in one to three stories, as many short as long ones; all of it is learnt.
+def answers(rng: random.Random, documents: list[Ids], tokenizer: Any) -> Ids:
+    """A chat about facts hidden in one to three stories, as many short as long ones, within the context.
 
-    Whatever the block, it may fill the context; what is longer than the block loses its questions.
+    The answers alone are to be learnt: learnt as text, facts turn up in stories too.
     """
-    return list(tokenizer.apply_chat_template(_facts(rng, documents, tokenizer, CONTEXT))["input_ids"])
-
-
-def answers(rng: random.Random, documents: list[Ids], tokenizer: Any, block: int) -> Ids:
-    """The same, within the block, and the answers alone to be learnt: learnt as text, facts turn up in stories too."""
-    row = {"messages": _facts(rng, documents, tokenizer, block)}
+    row = {"messages": _facts(rng, documents, tokenizer)}
     return next(encode_rows(iter([("facts", row)]), tokenizer, responses=True))
 
 
-def continued(rng: random.Random, documents: list[Ids], tokenizer: Any, block: int) -> Ids:
+def continued(rng: random.Random, documents: list[Ids], tokenizer: Any) -> Ids:
     """A story told in two answers; in between the user asks for more."""
     ends = list[int]()
     while not ends:
@@ -56,47 +55,81 @@ def continued(rng: random.Random, documents: list[Ids], tokenizer: Any, block: i
     return _chat(messages, tokenizer)
 
 
-def two_stories(rng: random.Random, documents: list[Ids], tokenizer: Any, block: int) -> Ids:
-    """One story and then another, each asked for; short ones, so that both fit into a block."""
+def two_stories(rng: random.Random, documents: list[Ids], tokenizer: Any) -> Ids:
+    """One story and then another, each asked for; short ones, so that both fit into the context."""
     told = sorted(rng.sample(documents, min(60, len(documents))), key=len)
-    fitting = [ids for ids in told if len(ids) < 0.48 * block]
+    fitting = [ids for ids in told if len(ids) < 0.48 * CONTEXT]
     chosen = [_turns(ids, tokenizer) for ids in (rng.sample(fitting, 2) if len(fitting) > 1 else told[:2])]
     return _chat([turn for prompt, story in chosen for turn in (("user", prompt), ("assistant", story))], tokenizer)
 
 
-SECOND_READING: dict[Kind, float] = {facts: 0.12}
-THIRD_READING: dict[Kind, float] = {answers: 0.15, continued: 0.2, two_stories: 0.1}
+STORIES = 16_400
+MADE: dict[Kind, int] = {answers: 3_300, continued: 2_500, two_stories: 1_200}  # chats beside so many stories
+SETS = 3  # of made chats, which readings take in turn
 
 
-def mixed_blocks(
-    rng: random.Random, documents: list[Ids], tokenizer: Any, tokens: int, block: int,
-    kinds: dict[Kind, float], fill: bool = True,
-) -> npt.NDArray[np.int32]:
-    """Documents in another order, shares of made ones among them, whole in blocks [N, 2, block]: see ``pack_whole``.
+def readings(work: Path, text: Path, tokenizer: Any, block: int, count: int) -> npt.NDArray[np.int32]:
+    """The text ``count`` times, each time in another order and made chats among it, in blocks [N, 2, block].
 
-    With ``fill``, what is left of a block takes the start of another document.
+    Stories longer than a block are cut, and such chats left out; what is left of a block takes the start of another
+    story. Readings are made side by side, and kept under ``work``.
     """
-    mixed = list[Ids]()
-    order = iter(rng.sample(documents, len(documents)))
-    while tokens > 0:
-        drawn = rng.random()
-        for kind, share in kinds.items():
-            if drawn < share:
-                one = kind(rng, documents, tokenizer, block)
-                break
-            drawn -= share
-        else:
-            one = next(order)
-        mixed.append(one)
-        tokens -= len(one)
-    starts = (rng.choice(documents) for _ in itertools.count()) if fill else None
-    packed = pack_whole(mixed, block, tokenizer.pad_token_id, starts)
-    np.random.default_rng(1).shuffle(packed)
-    return packed
+    folder = work / "readings"
+    folder.mkdir(parents=True, exist_ok=True)
+    stories = folder / "stories.npz"
+    if not stories.is_file():
+        _keep(stories, read_documents(text, tokenizer, "train"))
+    sets = [folder / f"made-{seed}.npz" for seed in range(SETS)]
+    _in_parallel(functools.partial(_make, stories, tokenizer), list(zip(sets, range(SETS), strict=True)))
+    packed = [folder / f"{block}-{seed}.npy" for seed in range(count)]
+    jobs = [(path, sets[seed % SETS], seed) for seed, path in enumerate(packed)]
+    _in_parallel(functools.partial(_read, stories, tokenizer.pad_token_id, block), jobs)
+    return np.concatenate([np.load(path) for path in packed])
 
 
-def _facts(rng: random.Random, documents: list[Ids], tokenizer: Any, block: int) -> Messages:
-    length = int(math.exp(rng.uniform(math.log(48), math.log(block - ROOM))))
+def _in_parallel(job: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+    """Do the jobs whose first argument, the file that they write, is not there yet."""
+    if missing := [each for each in arguments if not each[0].is_file()]:
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(job, *zip(*missing, strict=True)))
+
+
+def _make(stories: Path, tokenizer: Any, out: Path, seed: int) -> None:
+    """A set of made chats, fewer where there are few stories."""
+    rng, documents = random.Random(seed), _kept(stories)
+    share = min(1.0, len(documents) / STORIES)
+    made = [kind(rng, documents, tokenizer) for kind, n in MADE.items() for _ in range(round(n * share))]
+    _keep(out, made)
+
+
+def _read(stories: Path, padding: int, block: int, out: Path, made: Path, seed: int) -> None:
+    """One reading of everything, as [N, 2, block] in a file."""
+    rng, told = random.Random(f"{block} {seed}"), _kept(stories)
+    mixed = told + [ids for ids in _kept(made) if len(ids) <= block]
+    rng.shuffle(mixed)
+    packed = pack_whole(mixed, block, padding, (rng.choice(told) for _ in itertools.count()))
+    rng.shuffle(order := list(range(len(packed))))
+    with out.with_suffix(".part").open("wb") as file:
+        np.save(file, packed[order])
+    out.with_suffix(".part").replace(out)
+
+
+def _keep(path: Path, documents: Iterable[Ids]) -> None:
+    """Documents of token ids, those not to be learnt below 0, in a file of their own."""
+    kept = list(documents)
+    with path.with_suffix(".part").open("wb") as file:
+        ids = np.fromiter(itertools.chain.from_iterable(kept), np.int16)
+        np.savez_compressed(file, ids=ids, ends=np.cumsum([len(one) for one in kept]))
+    path.with_suffix(".part").replace(path)
+
+
+def _kept(path: Path) -> list[Ids]:
+    held = np.load(path)
+    return [part.tolist() for part in np.split(held["ids"], held["ends"][:-1])]
+
+
+def _facts(rng: random.Random, documents: list[Ids], tokenizer: Any) -> Messages:
+    length = int(math.exp(rng.uniform(math.log(48), math.log(CONTEXT - ROOM))))
     picked = rng.sample(documents, 3)
     text = tokenizer.decode([token for ids in picked for token in ids], skip_special_tokens=True)
     return conversation(rng, cut(text, length, tokenizer))

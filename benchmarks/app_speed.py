@@ -25,7 +25,7 @@ from modification import generate, load
 from modification.loading import encode_prompt
 from modification.measure.bench import machine
 
-MODEL = ROOT / "assets" / "Llama-Storyteller-10M-MoD"
+MODEL = ROOT / "assets" / "Llama-Storyteller-22M-MoD"
 RECORD = '[\\"f\\",'
 TOKENS = re.compile(r'\[\\"f\\",(?:[^,\]]+,){7}(\d+)')  # tokens so far, in a record of the tape
 PROMPT = "Write a bedtime story called `The Lantern in the Snow`."

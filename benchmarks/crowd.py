@@ -30,7 +30,7 @@ from modification.generate import prepare
 from modification.loading import encode_prompt
 
 PROMPT = "Write a bedtime story called `The Lantern in the Snow`, for user {}."
-MODEL = ROOT / "assets" / "Llama-Storyteller-10M-MoD"
+MODEL = ROOT / "assets" / "Llama-Storyteller-22M-MoD"
 
 
 def together(folder: Path, users: int, rounds: int, tokens: int = 120) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class MoDLayer(nn.Module):
         """[B, T, D] -> [B, T, D]. Without a routing call the layer is the dense parent's."""
         kwargs.update(zip(self.argument_names, args, strict=False))
         call: RoutingCall | None = kwargs.pop(CALL, None)
-        out = self._stock(hidden_states, kwargs) if call is None else self._routed(hidden_states, call, kwargs)
+        out = stock_block(self, hidden_states, kwargs) if call is None else self._routed(hidden_states, call, kwargs)
         return (out, None) if self.family.returns_tuple else out
 
     def _routed(self, hidden_states: Tensor, call: RoutingCall, kwargs: Arguments) -> Tensor:
@@ -136,17 +136,14 @@ class MoDLayer(nn.Module):
         slots = _open(store, len(skipped), call.columns.to(x.device)[chosen.index], chosen)
         arguments = {**kwargs, **_gathered_positions(kwargs, chosen), self.family.cache_argument: _NoFurther(slots)}
         with contextlib.suppress(_Stored):
-            self._stock(chosen.gather(x), {**arguments, "attention_mask": None})
+            stock_block(self, chosen.gather(x), {**arguments, "attention_mask": None})
 
     def _block(self, x: Tensor, gate: Tensor, call: RoutingCall, arguments: Arguments) -> Tensor:
         if call.config.gate == "paper":
             return self.family.gated_block(self, x, gate[..., None].to(x.dtype), arguments)
-        return self._stock(x, arguments)
-
-    def _stock(self, x: Tensor, arguments: Arguments) -> Tensor:
-        out = super().forward(x, **arguments)
-        hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden
+        # A cache's growing buffers are not for compiled code.
+        run = stock_block if arguments[self.family.cache_argument] is not None else call.run_block or stock_block
+        return run(self, x, arguments)
 
     def _arguments(
         self, kwargs: Arguments, call: RoutingCall, slots: Slots | None, mask: Tensor | None, keys: Tensor,
@@ -196,6 +193,14 @@ class MoDLayer(nn.Module):
             there = own.gather(1, key_columns.clamp(max=own.shape[1] - 1))
             seen &= own.gather(1, columns)[:, :, None] == there[:, None, :]
         return seen[:, None]
+
+
+def stock_block(layer: Any, x: Tensor, arguments: Arguments) -> Tensor:
+    """The family's own layer on x, [R, N, D], as if it were no MoD layer. A plain function, so that it can be compiled
+    once for all layers."""
+    out = super(MoDLayer, layer).forward(x, **arguments)
+    hidden: Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden
 
 
 def _own_columns(columns: Tensor, chosen: Selection) -> Tensor:

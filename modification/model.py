@@ -31,7 +31,7 @@ from modification.architectures import (
 from modification.cache import RaggedCache
 from modification.config import MoDConfig, check_threshold
 from modification.layer import CALL, CURRENT_CALL, MoDLayer, routed_class
-from modification.routing import INITIAL_BIAS, OPEN, Router, RoutingCall
+from modification.routing import INITIAL_BIAS, OPEN, Router, RoutingCall, RunBlock
 
 PATHS = ("gathered", "masked")
 RULES = ("threshold", "top-k")
@@ -117,6 +117,7 @@ class MoDModel(PreTrainedModel, GenerationMixin):
         routing: str | None = None,
         rule: str = "threshold",
         between: Tensor | None = None,
+        run_block: RunBlock | None = None,
         output_router_scores: bool = False,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -133,6 +134,8 @@ class MoDModel(PreTrainedModel, GenerationMixin):
             rule: "threshold", or "top-k", which looks ahead and is for training alone.
             between: for training, [B, M, T]: tokens whose value in a MoD layer is below 1 get that share of the
                 block's output there, and teach their gate; the others' gates learn nothing from the loss.
+            run_block: ``torch.compile(stock_block)``, to run MoD layers without a cache by compiled code, as pays in
+                training; blocks with the paper's gate take no notice.
             position_ids: [B, T]; where they start anew in a row and there is neither mask nor cache, another packed
                 document begins, which sees nothing of those before it.
             output_router_scores: fill ``router_scores`` and ``routed`` of the output.
@@ -149,7 +152,7 @@ class MoDModel(PreTrainedModel, GenerationMixin):
             past_key_values = self.new_cache()
         check_cache(past_key_values)
         call = self._routing_call(given, attention_mask, past_key_values, p, routing)
-        call.record, call.rule, call.between = output_router_scores, rule, between
+        call.record, call.rule, call.between, call.run_block = output_router_scores, rule, between, run_block
         if rule not in RULES:
             raise ValueError(f"rule={rule!r}: expected one of {', '.join(RULES)}")
         if attention_mask is None and past_key_values is None and position_ids is not None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ OPEN = 40.0  # a logit at which the gate is 1 in float32
 _LOGIT_STD = 0.3  # of a fresh router, whatever the width
 _P_FLOOR = 1e-4
 _ROUTER = re.compile(r"(?:^|\.)\d+\.router\.(?:weight|bias)$")
+RunBlock = Callable[[nn.Module, Tensor, dict[str, Any]], Tensor]  # layer, x and stock arguments -> what comes out
 _THIN = 1e-9  # between two scores of a dial; nearer ones count as one
 
 
@@ -80,6 +82,7 @@ class RoutingCall:
         between: in training, shares of the block's output that some tokens get instead of all or none of it,
             [B, M, T]; 1 or more elsewhere. See ``MoDLayer``.
         rule: "threshold", or "top-k" (a row's 1 - p of tokens with the highest scores; looks ahead: training only).
+        run_block: what computes a layer's block in place of its own code: the same, compiled; None for that code.
         scores, routed: gates and decisions per MoD layer index, [B, T] each, if ``record``.
     """
 
@@ -93,6 +96,7 @@ class RoutingCall:
         self.dial = torch.tensor(config.dial, dtype=torch.float32, device=p.device) if config.dial else None
         self.documents: Tensor | None = None
         self.between: Tensor | None = None
+        self.run_block: RunBlock | None = None
         self.scores: dict[int, Tensor] = {}
         self.routed: dict[int, Tensor] = {}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from browsing import (
     IN_A_BROWSER,
+    MODELS,
     STORY,
     columns,
     few_tokens,
@@ -205,7 +206,8 @@ def test_a_model_is_weighed_loaded_and_described(page):
     page.get_by_label("fp32", exact=True).first.check()
     page.click("#model-load")
     wait_until(lambda: "of them MoD layers" in line(page, "model-status"))
-    assert page.locator("#model-layers tbody tr").count() == 12
+    layers = json.loads(MODELS[0].read_text())["num_hidden_layers"]
+    assert page.locator("#model-layers tbody tr").count() == layers
     assert page.locator("#model input").input_value().endswith("[fp32]")
     page.get_by_role("button", name="Model card").click()
     wait_until(lambda: "any-p recipe" in page.locator("#model-card").text_content())

@@ -22,8 +22,9 @@ from modification.conversion.calibrate import fit_dial
 from modification.conversion.checks import Options
 from modification.conversion.data import Blocks, Documents, Text, pack, pack_whole, read_documents
 from modification.conversion.objectives import (
-    divergence,
+    Learnt,
     draw_thresholds,
+    excess,
     load_penalty,
     next_token_loss,
     row_loads,
@@ -271,6 +272,10 @@ def test_the_next_token_loss_by_hand():
 
 def test_the_divergence_by_hand():
     """KL of the student from the teacher, mean over tokens; 0 from itself."""
+    def divergence(teacher, student, labels):
+        learnt = Learnt.of(labels)
+        return learnt.mean(excess(learnt.pick(student), learnt.pick(teacher)))
+
     teacher = torch.tensor([[[0.25, 0.75], [0.5, 0.5]]]).log()
     student = torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]).log()
     teacher, student = (torch.cat([each, each[:, :1]], 1) for each in (teacher, student))  # the last predicts nothing

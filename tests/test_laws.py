@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from modification import MoDConfig, RoutingTrace, convert, generate
+from modification.layer import stock_block
 
 KV = ("evict", "keep")
 GATES = ("straight_through", "paper")
@@ -537,3 +538,25 @@ def test_real_weights_keep_their_quality_at_p_zero(stories, stories_folder):
     assert ids.max() < dense.config.vocab_size
     expected = dense.generate(ids, max_new_tokens=20, do_sample=False)
     assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False, p=0.0), expected)
+
+
+# Compiled blocks
+
+
+@few_families
+@every_kv
+@every_path
+def test_blocks_compiled_or_not_say_the_same(variant, kv, routing, gradients):
+    """Logits, and gradients of every weight, routers' too."""
+    ids, compiled = tokens(2), torch.compile(stock_block, backend="eager")
+    p, found = safe_threshold(mod_model(variant), ids), []
+    for run_block in (None, compiled):
+        model = mod_model(variant, MoDConfig(kv=kv))
+        out = model(ids, p=p, routing=routing, run_block=run_block, labels=ids, use_cache=False)
+        out.loss.backward()
+        found.append((out.logits.detach(), [weight.grad for weight in model.parameters()]))
+    assert_close(found[1][0], found[0][0])
+    for ours, theirs in zip(found[1][1], found[0][1], strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)

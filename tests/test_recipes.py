@@ -265,8 +265,8 @@ def test_options_of_a_recipe_train(changes, blocks, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-def test_a_compiled_loss_changes_no_curve(blocks, tmp_path):
-    """The log's losses are those of the loss that is not compiled."""
+def test_compiling_changes_no_curve(blocks, tmp_path):
+    """With blocks, teacher and loss compiled, the log's losses are the same."""
     logs = []
     for compiled in (False, True):
         recipe = named("any-p", **{**SMALL, "tokens": 24 * 4 * 16})

@@ -48,8 +48,8 @@ of this run, while a real run at that p would change them, and the text with the
 
 ## What it is not
 
-Load and speed are not quality: look at Sweep for what a p costs on your own text. The shipped storyteller has some ten
-million weights and has read little; it is here because it starts at once on any machine.
+Load and speed are not quality: look at Sweep for what a p costs on your own text. The shipped storyteller has some
+twenty million weights and has read little; it is here because it starts at once on any machine.
 
 ## For programs
 

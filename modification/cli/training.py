@@ -75,7 +75,7 @@ def add(commands: Any) -> None:
     run.add_argument("--lr", type=float, help="peak learning rate (default: by model size)")
     run.add_argument("--router-lr", type=float, help="peak learning rate of the routers (default: 0.005)")
     run.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: for the layers' matrices (default: adamw)")
-    run.add_argument("--compile", action="store_true", help="compile a loss with --kl: faster steps after some seconds")
+    run.add_argument("--compile", action="store_true", help="compile MoD layers' blocks and the loss; for GPUs")
     run.add_argument("--bf16", action="store_true", help="mixed precision on a CPU that has bf16 units")
     run.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more work")
     run.add_argument("--load-in-4bit", action="store_true", help="QLoRA: a 4-bit parent; with CUDA and --tune lora")
@@ -159,8 +159,9 @@ def _check_flags(arguments: argparse.Namespace, recipe: Recipe) -> None:
         (recipe.fit and recipe.tune != "router",
          f"--tune {recipe.tune}: {recipe.name} trains nothing; it fits the routers alone"),
         (recipe.optimizer == "muon" and recipe.tune == "router", "--optimizer muon: routers have no matrices to train"),
-        (arguments.compile and not recipe.kl, "--compile: it is for a loss with --kl; this has none"),
         (arguments.compile and recipe.fit, f"--compile: {recipe.name} has no loss"),
+        (arguments.compile and recipe.gate == "paper" and not recipe.kl,
+         f"--compile: it is for blocks without the paper's gate and for a loss with --kl; {recipe.name} has neither"),
         (arguments.held_out_split and not arguments.held_out_data, "--held-out-split: give --held-out-data with it"),
         (arguments.save_steps is not None and arguments.save_steps < 1,
          f"--save-steps {arguments.save_steps}: must be 1 or more"),

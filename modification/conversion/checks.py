@@ -39,8 +39,9 @@ class Options:
         report_to: Trainer's trackers, as it names them.
         save_steps: steps between checkpoints; None: a tenth of the run, 20 to 200.
         fsdp: shard the model over processes (FSDP2), layer by layer.
-        compile: compile a loss that has a divergence from a teacher in it (some seconds, once; needs a C++ compiler
-            on CPUs). The larger the vocabulary, the more of a step it saves.
+        compile: compile the MoD layers' blocks, unless they have the paper's gate, the teacher's layers, and a loss
+            with a divergence from a teacher in it (once, up to a minute; needs a C++ compiler on CPUs). Layers that are
+            no MoD layers are not compiled.
         facts: more for the report.
     """
 

@@ -71,12 +71,6 @@ def next_token_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = Non
     return learnt.mean(surprise(learnt.pick(logits), learnt.wanted))
 
 
-def divergence(teacher: Tensor, student: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """KL(teacher || student) of next-token distributions, nats, mean as in ``next_token_loss``; logits [B, T, V]."""
-    learnt = Learnt.of(labels, weights)
-    return learnt.mean(excess(learnt.pick(student), learnt.pick(teacher)))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Learnt:
     """Where a batch has a next token to learn: places in its flattened tokens, tokens and weights, [N] each."""

@@ -51,7 +51,7 @@ class Recipe:
         lr: peak learning rate of the weights; None chooses by size (``default_lr``).
         router_lr: peak learning rate of the routers.
         warmup: share of the steps before the peak rate.
-        bf16: compute in mixed precision; always on with CUDA, worth it on CPUs that have bf16 units.
+        bf16: compute in mixed precision, the teacher too; always on with CUDA, worth it on CPUs that have bf16 units.
         checkpoint_activations: recompute activations in the backward pass instead of keeping them.
 
     Raises:

@@ -18,9 +18,11 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from modification.architectures import FAMILIES
 from modification.conversion import objectives
 from modification.conversion.recipes import Recipe
 from modification.conversion.tune import optimizer
+from modification.layer import stock_block
 
 _MIX = 0.05  # how fast sources' weights move, per nat of excess loss
 _STEER = 0.02  # change of the load's factor per step and unit of load that is too much
@@ -69,11 +71,14 @@ class ConversionTrainer(Trainer):
     def __init__(self, recipe: Recipe, teacher: nn.Module | None, compiled: bool = False, **kwargs: Any) -> None:
         both: Callable[..., tuple[Tensor, Tensor]] = objectives.surprise_and_excess
         self._both = torch.compile(both, dynamic=True) if compiled else both
+        self._run_block = torch.compile(stock_block) if compiled else None
         self.recipe, self.layers = recipe, len(kwargs["model"].mod_layers)
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it over accumulated parts
         self._place = (-1, -1)  # the optimiser's step, and which of its parts came last
-        self.teacher = None if teacher is None else teacher.to(self.args.device)
+        self.teacher: Any = None if teacher is None else teacher.to(self.args.device)
+        if compiled and teacher is not None and not recipe.hidden:
+            _compile_layers(teacher)
         self._sums: dict[str, Tensor] = {}
         self._count, self._since = 0, time.monotonic()
 
@@ -163,8 +168,8 @@ class ConversionTrainer(Trainer):
             between = torch.cat([torch.ones_like(between), between])[-len(p) :].to(p.device)
             between = torch.where(p[:, None, None] > 0, between, 1.0)  # at p = 0 the model is whole
         return model(
-            **inputs, p=p, between=between, use_cache=False, output_router_scores=True, routing=self.recipe.path,
-            rule=self.recipe.rule, output_hidden_states=self.recipe.hidden > 0,
+            **inputs, p=p, between=between, run_block=self._run_block, use_cache=False, output_router_scores=True,
+            routing=self.recipe.path, rule=self.recipe.rule, output_hidden_states=self.recipe.hidden > 0,
         )
 
     @torch.no_grad()
@@ -172,7 +177,8 @@ class ConversionTrainer(Trainer):
         """What the teacher says, if anything of it is wanted."""
         if self.teacher is None or not (self.recipe.kl or self.recipe.hidden or self.mixing):
             return None
-        return self.teacher(**inputs, use_cache=False, output_hidden_states=self.recipe.hidden > 0)
+        with self.accelerator.autocast():  # the student's forward has it from Trainer
+            return self.teacher(**inputs, use_cache=False, output_hidden_states=self.recipe.hidden > 0)
 
     def _weights(self, sources: Tensor | None) -> Tensor | None:
         """The rows' weights in the loss, [B]."""
@@ -231,6 +237,13 @@ class ConversionTrainer(Trainer):
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
         self._count += 1
+
+
+def _compile_layers(model: Any) -> None:
+    """One compilation serves all layers; a model of no family known here stays as it is."""
+    if family := FAMILIES.get(str(model.config.model_type)):
+        for layer in family.decoder_layers(model):
+            layer.compile()
 
 
 _WEIGHTS = {"ce": "cross_entropy", "kl": "kl", "hidden": "hidden_distance", "penalty": "load_penalty"}

@@ -31,8 +31,9 @@ def presets() -> dict[str, dict[str, Any]]:
                            tie_word_embeddings=True),
         "qwen3-8b": _llama(4096, 36, 32, 8, 12288, 151936, 40960, model_type="qwen3", head_dim=128),
         "mistral-7b": _llama(4096, 32, 32, 8, 14336, 32768, 32768, model_type="mistral", sliding_window=None),
-        # For timing on small machines: about GPT-2's size, and the shape of the shipped storyteller.
+        # For timing on small machines: about GPT-2's size, the shape of the shipped storyteller, and half of it.
         "llama-134m": _llama(768, 12, 12, 12, 2048, 32000, 131072),
+        "llama-22m": _llama(384, 14, 6, 2, 896, 4096, 131072, tie_word_embeddings=True),
         "llama-10m": _llama(256, 12, 4, 2, 688, 4096, 131072, tie_word_embeddings=True),
     }
 
