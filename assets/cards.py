@@ -43,8 +43,9 @@ On the text that it was trained on its loss was 1.40 in the end: it knows much o
 {_retrieval(f, dense_only=True)}
 
 **Ten prompts of the val split**, answered greedily and sampled, are in `samples.json` beside the MoD model. Read and
-judged: sentences end and paragraphs hold together; the hero's name stays in nearly every sample, while the names in the
-prompt, the title above all, are often bent; the story has a shape, and loses its subject after a few paragraphs.
+judged: sentences end and paragraphs hold together; a hero named in the prompt keeps the name, and bedtime and campfire
+tales keep their title's subject for some paragraphs; scenes of an audiobook begin another story than their title asks
+for. Openings are stock ("hues of crimson and gold"), and now and then a phrase is said twice.
 
 Made by `assets/make_pair.py`, measured by `assets/measure_pair.py`. It is a demonstration of routing, not an assistant.
 """

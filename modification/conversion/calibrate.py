@@ -23,6 +23,7 @@ from modification.routing import Router
 _LEVELS = np.linspace(0.1, 0.9, 9)
 _KNOTS = 19  # scores that the dial is bent at
 _STEEP = 0.08  # a fall of load between neighbouring thresholds that is measured more finely
+_ROUNDS = 4  # of measuring: everywhere, then where the load fell steeply
 _RIDGE = 0.2  # of the features' mean square
 _SPREAD = 1.8  # standard deviation of fitted logits: that of a logistic distribution, whose load is 1 - p
 CALIBRATION_TOKENS = 8_192
@@ -181,14 +182,16 @@ def _stretch(model: Any, blocks: npt.NDArray[np.int32]) -> tuple[float, float]:
 
 
 def _knots(model: Any, blocks: npt.NDArray[np.int32]) -> tuple[float, ...]:
-    """Thresholds at which the load is 1 - k / (n + 1), by interpolation; where it falls steeply, measured again."""
+    """Thresholds at which the load is 1 - k / (n + 1), by interpolation; where it falls steeply, measured again, in
+    rounds: scores may crowd near 1."""
     wanted = [k / (_KNOTS + 1) for k in range(1, _KNOTS + 1)]
-    skipped = {0.0: 0.0, 1.0: 1.0, **{p: 1 - evaluate(model, blocks, p).load for p in wanted}}
-    first = _read_off(wanted, skipped)
-    places = sorted(skipped)
-    for low, high in itertools.pairwise(places):
-        if skipped[high] - skipped[low] > _STEEP:
-            skipped |= {p: 1 - evaluate(model, blocks, p).load for p in first if low < p < high}
+    skipped, places = {0.0: 0.0, 1.0: 1.0}, wanted
+    for _ in range(_ROUNDS):
+        skipped |= {p: 1 - evaluate(model, blocks, p).load for p in places}
+        steep = [
+            (low, high) for low, high in itertools.pairwise(sorted(skipped)) if skipped[high] - skipped[low] > _STEEP
+        ]
+        places = [p for p in _read_off(wanted, skipped) if any(low < p < high for low, high in steep)]
     return tuple(np.clip(_read_off(wanted, skipped), 1e-6, 1 - 1e-6).tolist())
 
 
