@@ -7,6 +7,7 @@ import time
 import pytest
 from browsing import (
     IN_A_BROWSER,
+    MODELS,
     STORY,
     answer,
     columns,
@@ -138,7 +139,7 @@ def test_a_clicked_token_shows_scores_probability_and_alternatives(page):
     assert re.search(r"Ran through \d+ of \d+ layers at p = [\d.]+ \(measured\)", text)
     assert re.search(r"Probability [\d.<% ]+\(measured\)", text)
     assert inspector.locator(".mod-likely li").count() == 5
-    assert inspector.locator("circle").count() == 10
+    assert inspector.locator("circle").count() == json.loads(MODELS[0].read_text())["num_hidden_layers"] - 2  # inner
     assert "ran" in inspector.locator("svg title").text_content()
 
 

@@ -241,7 +241,7 @@ def test_a_conversion_is_estimated_watched_and_opened(page, tmp_path):
     page.click("#convert-go")
     wait_until(lambda: re.search(r"Step \d+ of 10: loss [\d.]+ nats/token, load \d+%", line(page, "convert-status"))
                or "Converted" in line(page, "convert-status"), 300)
-    wait_until(lambda: "Converted" in line(page, "convert-status"), 300)
+    wait_until(lambda: "Converted" in line(page, "convert-status"), 900)
     page.click("#convert-open")
     wait_until(lambda: page.locator("#generate").is_visible())
     wait_until(lambda: page.locator("#model input").input_value() == "tried-MoD")
