@@ -9,8 +9,7 @@ app: $(VENV)/app.stamp
 	$(BIN)/python app.py
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not browser"
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
