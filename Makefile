@@ -9,7 +9,8 @@ app: $(VENV)/app.stamp
 	$(BIN)/python app.py
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not browser"
+	$(BIN)/python -m pytest -m browser
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -94,6 +94,11 @@ def tab(page, name):
     page.get_by_role("tab", name=name, exact=True).click()
 
 
+def drawn(page):
+    """Wait until no figure stands empty: the page fetches its plotting library when the first is shown."""
+    wait_until(lambda: page.locator(".empty:visible").count() == 0)
+
+
 def line(page, element):
     """The status line of a tab."""
     return page.locator(f"#{element}").inner_text()

@@ -10,6 +10,7 @@ from browsing import (
     MODELS,
     STORY,
     columns,
+    drawn,
     few_tokens,
     figure,
     line,
@@ -310,6 +311,7 @@ def test_axe_finds_nothing_serious_on_a_phone(browser, url, name):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     with visitor(browser, url, viewport={"width": 390, "height": 844}) as page:
         on_a_phone(page, name)
+        drawn(page)
         found = axe.run(page).response["violations"]
         bad = [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")]
         assert not bad, bad
@@ -341,6 +343,7 @@ def test_axe_finds_nothing_serious_on_any_tab(browser, url, theme):
         for name in TABS:
             tab(page, name)
             page.wait_for_timeout(700)
+            drawn(page)
             found = axe.run(page).response["violations"]
             bad = [(v["id"], v["impact"], v["nodes"][0]["html"][:200]) for v in found
                    if v["impact"] in ("serious", "critical")]

@@ -15,7 +15,29 @@ from modification.trace import Step
 pytestmark = IN_A_BROWSER
 
 TOKENS, LAYERS, A_FRAME = 2000, 32, 12
-BYTES = 1024  # allowed per token
+BYTES, MILLISECONDS = 1024, 2.0  # allowed per token, where the yardstick takes YARD or less
+YARD = 650.0  # ms on two cores where a token takes 0.7 ms
+
+# Text, figures and layout, as the live view has them: what the browser takes for it says how fast it is.
+YARDSTICK = """() => {
+    const box = document.createElement('div'), canvas = document.createElement('canvas');
+    document.body.append(box, canvas);
+    const context = canvas.getContext('2d');
+    for (let at = 0; at < 200; at += 1) {
+        for (const word of JSON.parse(JSON.stringify(Array(20).fill('word ' + at)))) {
+            const made = document.createElement('span');
+            made.textContent = word;
+            box.append(made);
+        }
+        box.scrollTop = box.scrollHeight;
+        for (let row = 0; row < 200; row += 1) {
+            context.fillStyle = `rgba(${row}, 0, 0, 0.${row})`;
+            context.fillRect(row, at % 100, 1, 1);
+        }
+    }
+    box.remove();
+    canvas.remove();
+}"""
 
 
 class LongRuns(Service):
@@ -52,7 +74,10 @@ def address(tmp_path_factory):
 
 
 def test_a_long_run_stays_light_and_loses_nothing(browser, address):
-    """Under 1 KB sent a token, with every column drawn and the page still answering; its work is printed."""
+    """Under 1 KB sent and 2 ms of browser work a token, with every column drawn and the page still answering.
+
+    The work is measured against a yardstick in the same page, so that a slow machine is not a failure.
+    """
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(address)
     page.wait_for_selector("#generate")
@@ -67,13 +92,17 @@ def test_a_long_run_stays_light_and_loses_nothing(browser, address):
     devtools.on(
         "Network.dataReceived", lambda event: event["requestId"] in streams and sent.append(event["dataLength"])
     )
+    start = work(devtools)
+    page.evaluate(YARDSTICK)
     before = work(devtools)
+    slower = (before - start) / YARD
     page.click("#generate")
     wait_until(lambda: page.locator(".mod-canvas").get_attribute("data-columns") == str(TOKENS), 120)
     wait_until(lambda: "A long run." in page.locator("#status").inner_text())
-    spent = 1000 * (work(devtools) - before) / TOKENS
-    print(f"{sum(sent) / TOKENS:.0f} bytes and {spent:.2f} ms of browser work per token")
+    spent = (work(devtools) - before) / TOKENS
+    print(f"{sum(sent) / TOKENS:.0f} bytes and {spent:.2f} ms of browser work per token; yardstick {slower:.2f}")
     assert sum(sent) / TOKENS < BYTES
+    assert spent < MILLISECONDS * max(1.0, slower)
     page.locator(".mod-canvas").focus()
     page.keyboard.press("End")
     assert f"Token {TOKENS - 1}:" in page.locator(".mod-inspector h3").inner_text()
@@ -81,6 +110,6 @@ def test_a_long_run_stays_light_and_loses_nothing(browser, address):
 
 
 def work(devtools):
-    """Seconds that the page's main thread has been at work."""
+    """Milliseconds that the page's main thread has been at work."""
     metrics = {one["name"]: one["value"] for one in devtools.send("Performance.getMetrics")["metrics"]}
-    return metrics["TaskDuration"]
+    return 1000 * metrics["TaskDuration"]
