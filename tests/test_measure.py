@@ -13,7 +13,7 @@ import torch
 from builders import DEPTH, VOCABULARY, dense_model, mod_model, save_folder, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from modification import MoDConfig, convert
+from modification import MoDConfig, convert, generate
 from modification.cli import main
 from modification.executor import Stock, base
 from modification.measure import bench as bench_module
@@ -155,20 +155,42 @@ def test_estimates_of_unknown_and_expert_models_are_refused(tmp_path):
 def test_work_is_the_same_for_every_side():
     """Same seed, same ids; prompts and followers do not overlap."""
     first, second = (Work.random(VOCABULARY, 3, 10, 4, CPU) for _ in range(2))
-    assert torch.equal(first.prompts, second.prompts)
-    assert first.prompts.shape == (3, 10)
+    assert all(torch.equal(*pair) for pair in zip(first.prompts, second.prompts, strict=True))
+    assert [len(ids) for ids in first.prompts] == [10, 10, 10]
     assert first.follow.shape == (3, 4)
+    ragged = Work.random(VOCABULARY, 3, 10, 4, CPU, ragged=True)
+    assert [len(ids) for ids in ragged.prompts] == [10, 8, 5]
+    assert torch.equal(ragged.follow, first.follow)
 
 
-def test_a_timing_counts_what_ran():
+@pytest.mark.parametrize(("ragged", "compiled"), [(False, False), (True, False), (True, True)])
+def test_stock_and_our_engine_are_given_the_same_work(ragged, compiled):
+    """What stock generate says after its padded prompts is what our engine says after the bare ones."""
+    parent = dense_model("llama")
+    model, said = convert(dense_model("llama"), MoDConfig()), []
+    work = Work.random(VOCABULARY, 3, 12, 5, CPU, ragged)
+    own = parent.generate
+
+    def heard(*args, **options):
+        said.extend(own(*args, **options)[:, -6:].tolist())
+
+    parent.generate = heard
+    time_stock(parent, work, compiled)
+    for ids, heard_tokens in zip(work.prompts, said, strict=True):
+        steps = list(generate(model, ids[None], p=0.0, max_new_tokens=6, stop=()))
+        assert [step.token for step in steps[1:]] == heard_tokens
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_timing_counts_what_ran(ragged):
     """Load, bytes and FLOPs of a round are those of the model's own records."""
     model = mod_model("llama")
-    work = Work.random(VOCABULARY, 2, 30, 5, CPU)
+    work = Work.random(VOCABULARY, 2, 30, 5, CPU, ragged)
     executor = Stock(model, "test")
     timing = time_engine(executor, model, work, 0.5)
     routed = [torch.cat(model(ids[None], p=0.5, output_router_scores=True).routed) for ids in work.prompts]
-    assert timing.load[0] == pytest.approx(torch.stack(routed).float().mean().item())
-    whole = torch.cat([work.prompts, work.follow], 1)
+    assert timing.load[0] == pytest.approx(torch.cat(routed, dim=1).float().mean().item())
+    whole = [torch.cat(row) for row in zip(work.prompts, work.follow, strict=True)]
     expected = sum(
         int(torch.cat(model(ids[None], p=0.5, output_router_scores=True).routed).sum()) + 2 * len(ids) for ids in whole
     )

@@ -30,6 +30,7 @@ def add(commands: Any) -> None:
     time.add_argument("--dense", metavar="PARENT", help="dense parent (default: the MoD model restored)")
     time.add_argument("--contexts", default="512,2048", help="prompt lengths in tokens (default: %(default)s)")
     time.add_argument("--batch", default="1", help="rows at a time, e.g. 1,8 (default: %(default)s)")
+    time.add_argument("--ragged", action="store_true", help="a batch's prompts have from a context down to half of it")
     time.add_argument("--load", default="1,0.5,0.25", help="loads of the MoD layers (default: %(default)s)")
     time.add_argument("--new-tokens", type=int, default=64, help="decode steps a round (default: %(default)s)")
     time.add_argument("--rounds", type=int, default=5, help="rounds after one to warm up (default: %(default)s)")
@@ -38,6 +39,7 @@ def add(commands: Any) -> None:
     time.add_argument("--quantization", choices=["4bit", "8bit"], help="bitsandbytes weights; routers stay as they are")
     time.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     time.add_argument("--no-stock", action="store_true", help="leave transformers' generate out (long contexts)")
+    time.add_argument("--compiled", action="store_true", help="also: generate with a static cache, compiled")
     time.add_argument("--overheads", action="store_true", help="also: no routers; no trace or stream")
     time.add_argument("--json", type=Path, help="also write the results there")
     time.add_argument("--plots", type=Path, help="folder for plots (HTML)")
@@ -67,7 +69,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         model, parent, contexts=numbers("--contexts", arguments.contexts, int),
         batches=numbers("--batch", arguments.batch, int), loads=numbers("--load", arguments.load, float),
         new_tokens=arguments.new_tokens, rounds=arguments.rounds, stock=not arguments.no_stock,
-        overheads=arguments.overheads,
+        compiled=arguments.compiled, overheads=arguments.overheads, ragged=arguments.ragged,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(table(results))
@@ -75,7 +77,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     line = json.dumps({
         "command": "bench", "model": arguments.model or arguments.random, "machine": machine(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "quantization": arguments.quantization, "executor": note,
-        "rounds": arguments.rounds, "results": [dataclasses.asdict(result) for result in results],
+        "rounds": arguments.rounds, "ragged": arguments.ragged,
+        "results": [dataclasses.asdict(result) for result in results],
     })
     print(line, flush=True)
     if arguments.json:

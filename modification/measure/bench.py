@@ -35,7 +35,7 @@ from modification.measure.speed import (
 )
 from modification.model import convert, restore
 
-STOCK, DENSE = "stock generate", "engine, p = 0"
+STOCK, COMPILED, DENSE = "stock generate", "stock generate, compiled", "engine, p = 0"
 PLAIN, BARE = "engine without routers", "engine, p = 0, no trace or stream"
 SCATTER = 2.0  # spread of random routers' logits: scores then cover (0, 1)
 _MB = 1e6
@@ -100,8 +100,9 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 def bench(
     model: Any, parent: Any, *, contexts: Sequence[int], batches: Sequence[int], loads: Sequence[float],
-    new_tokens: int, rounds: int = 5, stock: bool = True, overheads: bool = False,
-    say: Callable[[str], None] = lambda line: None, tell: Callable[[str], None] = lambda line: None,
+    new_tokens: int, rounds: int = 5, stock: bool = True, compiled: bool = False, overheads: bool = False,
+    ragged: bool = False, say: Callable[[str], None] = lambda line: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> list[Result]:
     """Measure every combination; all sides of one alternate.
 
@@ -110,7 +111,9 @@ def bench(
         contexts: prompt lengths in tokens.
         loads: of the MoD layers, 0 to 1; p is found for each on the prompt itself.
         stock: whether to time transformers' generate too (slow over long contexts).
+        compiled: whether to time it with a static cache and compiled as well.
         overheads: whether to time the engine without routers, and without its trace and stream.
+        ragged: whether the prompts of a batch have different lengths, from a context down to half of it.
         say: told what is being measured.
         tell: told how many rounds are done, before each timing; whatever it raises ends the bench.
 
@@ -123,7 +126,7 @@ def bench(
         for batch in batches:
             where = f"context {context:,}, batch {batch}"
             say(f"{where}: {rounds} rounds")
-            setting = Setting(model, parent, context, batch, new_tokens, stock, overheads)
+            setting = Setting(model, parent, context, batch, new_tokens, stock, compiled, overheads, ragged)
             found += setting.measure(loads, rounds, functools.partial(_tell_round, tell, where, rounds))
     return found
 
@@ -138,24 +141,28 @@ class Setting:
     batch: int
     new_tokens: int
     stock: bool
+    compiled: bool
     overheads: bool
+    ragged: bool
 
     def measure(
         self, loads: Sequence[float], rounds: int, tell: Callable[[int], None] = lambda done: None
     ) -> list[Result]:
         """Time all sides and work out the routed ones' speed-up over the faster dense one."""
         model, executor = self.model, executor_of(self.model)
-        work = Work.random(model.config.vocab_size, self.batch, self.context, self.new_tokens, model.device)
+        work = Work.random(
+            model.config.vocab_size, self.batch, self.context, self.new_tokens, model.device, self.ragged
+        )
         p = {f"load {load:g}": threshold_for(load, executor, model, work.prompts[0]) for load in loads if load < 1}
         sides = self._dense_sides(work)
         for name, threshold in {DENSE: 0.0, **p}.items():
             sides[name] = functools.partial(time_engine, executor, model, work, threshold)
         timings = alternate(sides, rounds, tell)
-        rivals = [timings[name] for name in (STOCK, DENSE) if name in timings]
+        rivals = [timings[name] for name in (STOCK, COMPILED, DENSE) if name in timings]
         found = []
         for name, rows in timings.items():
             result = _result(self.context, self.batch, name, {DENSE: 0.0, **p}.get(name), rows)
-            result = self._foretold(result)
+            result = self._foretold(result, work.tokens // self.batch)
             found.append(_compared(result, timings[DENSE][0], rows, rivals) if name in p else result)
         return found
 
@@ -163,6 +170,8 @@ class Setting:
         sides: dict[str, Callable[[], Timing]] = {}
         if self.stock:
             sides[STOCK] = functools.partial(time_stock, self.parent, work)
+        if self.compiled:
+            sides[COMPILED] = functools.partial(time_stock, self.parent, work, compiled=True)
         if self.overheads and executor_of(self.model).name == "fast":
             plain = fast_executor(self.model, routed=False)
             sides[PLAIN] = functools.partial(time_bare, plain, self.model, work, 0.0, ())
@@ -171,12 +180,12 @@ class Setting:
             sides[BARE] = functools.partial(time_bare, executor_of(self.model), self.model, work, 0.0, mod_layers)
         return sides
 
-    def _foretold(self, result: Result) -> Result:
-        """The memory that the estimator expects for our engine's sides."""
+    def _foretold(self, result: Result, tokens: int) -> Result:
+        """The memory that the estimator expects for our engine's sides; prompts have so many ``tokens`` on average."""
         if result.p is None:
             return result
         side = estimate(
-            self.model.config, context=self.context + self.new_tokens, batch=self.batch, load=result.load_prompt,
+            self.model.config, context=tokens + self.new_tokens, batch=self.batch, load=result.load_prompt,
             dtype=self.model.dtype, layers=self.model.mod_layers,
             device=devices()["cpu-2-cores"] if self.model.device.type == "cpu" else None,
         ).mod

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from torch.nn.utils.rnn import pad_sequence
+from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 
 from modification.architectures import entry_bytes
 from modification.batching import Stream, run
@@ -63,17 +64,26 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What every side does: prompts [B, T] and the tokens [B, S] that follow them."""
+    """What every side does: a prompt [T] a row, the longest first, and the tokens [B, S] that follow them."""
 
-    prompts: Tensor
+    prompts: tuple[Tensor, ...]
     follow: Tensor
 
     @classmethod
-    def random(cls, vocabulary: int, batch: int, context: int, steps: int, device: torch.device) -> Work:
-        """Scattered ids, the same each time."""
+    def random(
+        cls, vocabulary: int, batch: int, context: int, steps: int, device: torch.device, ragged: bool = False
+    ) -> Work:
+        """Scattered ids, the same each time; ``ragged``, rows have from the whole ``context`` down to half of it."""
         generator = torch.Generator().manual_seed(context * 31 + batch)
         ids = torch.randint(vocabulary, (batch, context + steps), generator=generator).to(device)
-        return cls(ids[:, :context], ids[:, context:])
+        shorter = context / (2 * max(1, batch - 1)) if ragged else 0.0
+        prompts = (row[: context - int(at * shorter)] for at, row in enumerate(ids[:, :context]))
+        return cls(tuple(prompts), ids[:, context:])
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens of all rows."""
+        return sum(len(ids) for ids in self.prompts)
 
 
 class Given(Sampler):
@@ -107,14 +117,14 @@ def time_engine(executor: Executor, model: Any, work: Work, p: float) -> Timing:
         for row, step in stream:
             rows[row].append(step)
         end = _now(model.device)
-    ran = np.stack([row[0].routed for row in rows], axis=1)  # [M, B, T]
+    ran = [row[0].routed for row in rows]  # [M, T] a row
     routed = np.stack([np.concatenate([row[at].routed for row in rows], axis=1) for at in range(1, steps + 1)])
     shape = ModelShape.of(model)
     return Timing(
         first - start, max(choose.first for choose in given) - start, (end - first) / steps, peak.bytes,
         sum(row[-1].kv_stored for row in rows),
-        sum(row[-1].kv_allocated for row in rows), (float(ran.mean()), float(routed.mean())),
-        sum(shape.prefill_flops(ran.shape[2], ran[:, row].sum(1).tolist()) for row in range(len(rows))),
+        sum(row[-1].kv_allocated for row in rows), (float(np.concatenate(ran, axis=1).mean()), float(routed.mean())),
+        sum(shape.prefill_flops(row.shape[1], row.sum(1).tolist()) for row in ran),
         _traffic(shape, model, ran, routed),
     )
 
@@ -134,16 +144,27 @@ def time_bare(executor: Executor, model: Any, work: Work, p: float, mod_layers: 
     return Timing(first - start, first - start, (end - first) / work.follow.shape[1], peak.bytes)
 
 
-def time_stock(parent: Any, work: Work) -> Timing:
-    """One round of the dense parent under ``transformers.generate``, greedy, with its usual cache, ending by length."""
+def time_stock(parent: Any, work: Work, compiled: bool = False) -> Timing:
+    """One round of the dense parent under ``transformers.generate``, greedy, with its usual cache, ending by length.
+
+    Shorter prompts are filled up on the left, as it asks for. ``compiled``, its cache is a static one, and decoding
+    goes through ``torch.compile`` (in the first call, which takes a while).
+    """
+    options: dict[str, Any] = {}
+    if compiled:
+        compile_config = CompileConfig()
+        compile_config._compile_all_devices = True  # on its own, generate compiles on accelerators alone
+        options = {"cache_implementation": "static", "compile_config": compile_config}
     clock, steps = _Clock(parent.device), work.follow.shape[1]
     ends, parent.generation_config.eos_token_id = parent.generation_config.eos_token_id, None
     try:
         with Peak(parent.device) as peak:
             start = _now(parent.device)
             parent.generate(
-                work.prompts, attention_mask=torch.ones_like(work.prompts), max_new_tokens=steps + 1,
-                do_sample=False, stopping_criteria=StoppingCriteriaList([clock]),
+                pad_sequence(list(work.prompts), batch_first=True, padding_side="left"),
+                attention_mask=pad_sequence([torch.ones_like(ids) for ids in work.prompts], batch_first=True,
+                                            padding_side="left"),
+                max_new_tokens=steps + 1, do_sample=False, **options, stopping_criteria=StoppingCriteriaList([clock]),
             )
     finally:
         parent.generation_config.eos_token_id = ends
@@ -205,14 +226,15 @@ def median(timings: Sequence[Timing], field: str) -> tuple[float, float]:
     return float(middle), float(high - low) / 2
 
 
-def _traffic(shape: ModelShape, model: Any, ran: npt.NDArray[np.bool_], routed: npt.NDArray[np.bool_]) -> float:
-    """Mean bytes per decode step; prompts' decisions ran [M, B, T], steps' decisions routed [S, M, B]."""
+def _traffic(
+    shape: ModelShape, model: Any, ran: Sequence[npt.NDArray[np.bool_]], routed: npt.NDArray[np.bool_]
+) -> float:
+    """Mean bytes per decode step; prompts' decisions ran [M, T] a row, steps' decisions routed [S, M, B]."""
     first = model.family.decoder_layers(model)[0]
     layer_bytes = sum(weight.nbytes for name, weight in first.named_parameters() if not name.startswith("router."))
-    rows, context = ran.shape[1:]
-    entries = np.full((shape.depth, rows), context, np.int64)
+    entries = np.tile(np.array([row.shape[1] for row in ran], np.int64), (shape.depth, 1))
     mod = list(shape.mod_layers)
-    entries[mod] = ran.sum(2)
+    entries[mod] = np.stack([row.sum(1) for row in ran], axis=1)
     total = 0
     for step in routed:
         entries += 1
