@@ -72,7 +72,10 @@ def main() -> None:
         "--model", action="append", default=[], metavar="MODEL",
         help="another model to offer, first in the list: a folder, or owner/name on the Hub",
     )
-    parser.add_argument("--host", default=None, help="address to serve on (default: this machine only)")
+    parser.add_argument(
+        "--host", default=os.environ.get("GRADIO_SERVER_NAME"),
+        help="address to serve on (default: GRADIO_SERVER_NAME, or this machine only)",
+    )
     parser.add_argument("--port", type=int, default=None, help="port (default: the first free one from 7860)")
     _limit_flags(parser)
     parser.add_argument(
@@ -161,7 +164,7 @@ def _serve(service: Service, arguments: argparse.Namespace) -> None:
     demo, traffic = ui.build(service, ASSETS), Traffic()
     demo.launch(
         server_name=arguments.host, server_port=arguments.port, css=css(), theme=_theme(), footer_links=["api"],
-        max_file_size=service.limits.file_bytes, state_session_capacity=PAGES, mcp_server=arguments.mcp,
+        share=False, max_file_size=service.limits.file_bytes, state_session_capacity=PAGES, mcp_server=arguments.mcp,
         prevent_thread_lock=True,
         max_threads=2 * (service.limits.running + service.limits.waiting) + 40,  # a program's call holds one all along
         app_kwargs={"middleware": [Middleware(Guard, service=service, traffic=traffic, calls=Calls(demo))]},

@@ -6,11 +6,14 @@ all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 _TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
     "string": ("text", (str,)), "boolean": ("true or false", (bool,)),
@@ -48,6 +51,8 @@ class Calls:
             return None
         if found is None or not isinstance(call, dict):
             return None
+        if not _writable(call):
+            return "There is half a character (a lone surrogate) in it."
         if found["keyed"]:
             return self._keyed(found["keyed"], call)
         if not isinstance(call.get("data"), list):
@@ -107,14 +112,32 @@ def _schema(block: Any) -> dict[str, Any]:
 def _unlike(value: Any, schema: dict[str, Any]) -> str | None:
     """What a value had to be, if it is something else."""
     if "FileDataMeta" in schema.get("$defs", ()):
-        whole = isinstance(value, dict) and isinstance(value.get("path"), str) and len(value["path"]) < _LONGEST_CHOICE
-        return None if whole else "an uploaded file"
+        return None if _uploaded(value) else "an uploaded file"
     if _holds_file(value):
         return "something else than a file"
     if "enum" in schema and isinstance(value, str) and len(value) > _LONGEST_CHOICE:
         return f"at most {_LONGEST_CHOICE:,} characters long"
     name, types = _TYPES.get(str(schema.get("type")), ("", (object,)))
     return None if isinstance(value, types) else name
+
+
+def _uploaded(value: Any) -> bool:
+    """Whether a value names a file that was uploaded here: Gradio would fetch it from an address, whatever its size."""
+    path = value.get("path") if isinstance(value, dict) else None
+    if not isinstance(path, str) or len(path) >= _LONGEST_CHOICE:
+        return False
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # a name too long, a null byte, a loop of links
+        return "://" not in path and Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve())
+    return False
+
+
+def _writable(value: Any) -> bool:
+    """Whether all its text can be sent back."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
 
 
 def _holds_file(value: Any) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+
+from app.tape import records
 
 # Blue against amber stays apart for colour-blind eyes; dashes tell lines apart where colours fail.
 BLUE, AMBER, GREY, TEAL = "#2f6fd6", "#d98214", "#78828f", "#0f8b8d"
@@ -159,8 +160,7 @@ def _dressed(figure: go.Figure, height: int, legend: bool = False) -> go.Figure:
 def _parse(tape: str) -> tuple[dict[str, Any], list[str]]:
     header: dict[str, Any] = {"depth": 0, "mod": []}
     columns: list[str] = []
-    for line in tape.splitlines():
-        record = json.loads(line)
+    for record in records(tape):
         if record[0] == "h":
             header = record[1]
         elif record[0] == "c":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
+
+from app.tape import records
 
 
 def loading_sentence(model: str, far: Any) -> str:
@@ -29,7 +30,7 @@ def snippet(request: Any, tape: str, source: str) -> str:
     """
     changes: list[tuple[int, Any]] = []
     new = 0
-    for record in map(json.loads, tape.splitlines()):
+    for record in records(tape):
         if record[0] != "c" or (record[5] == "p" and changes):
             continue
         p = tuple(record[2]) if isinstance(record[2], list) else record[2]

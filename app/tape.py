@@ -17,7 +17,7 @@ import dataclasses
 import json
 import secrets
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,7 +117,9 @@ class Tape:
         return "".join(self.lines)
 
     def _add(self, *record: Any) -> None:
-        self.lines.append(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
+        line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n"
+        # A trace may bring half characters (lone surrogates), which no message to a page can hold.
+        self.lines.append(line.encode("utf-8", "replace").decode("utf-8"))
 
 
 class Window:
@@ -181,10 +183,15 @@ def _shape_of(trace: RoutingTrace) -> ModelShape:
     return ModelShape(**{**sizes, "depth": trace.depth, "mod_layers": trace.mod_layers})
 
 
+def records(tape: str) -> Iterator[Any]:
+    """A tape's lines, read. Texts may hold what ``splitlines`` takes for the end of a line."""
+    return (json.loads(line) for line in tape.split("\n") if line)
+
+
 def summary(tape: str) -> dict[str, Any]:
     """A finished tape for a program: the new text and the last figures, bytes and shares as numbers."""
     text, figures, steps = [], dict[str, Any](), 0
-    for record in map(json.loads, tape.splitlines()):
+    for record in records(tape):
         if record[0] == "c" and record[5] == "n":
             text.append(record[1])
         elif record[0] == "f":

@@ -14,6 +14,7 @@ from gradio.utils import get_upload_folder
 
 from app.calls import Calls
 from app.service import Service
+from app.uploads import Uploads
 
 Scope, Message = dict[str, Any], dict[str, Any]
 Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
@@ -23,6 +24,9 @@ _UPLOADS = 50  # times the largest file that are kept at once
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"same-origin"),
     (b"permissions-policy", b"camera=(), microphone=(), geolocation=()"),
+    # What a stranger's text may have in it, a visitor's browser fetches from nowhere. (Gradio's scripts are inline.)
+    (b"content-security-policy", b"img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; "
+     b"style-src 'self' 'unsafe-inline'; frame-src 'self'; object-src 'none'; base-uri 'self'"),
 ]
 
 
@@ -53,6 +57,7 @@ class Guard:
         self, app: App, service: Service, traffic: Traffic | None = None, calls: Calls | None = None
     ) -> None:
         self.app, self.service, self.traffic, self.calls = app, service, traffic or Traffic(), calls
+        self.uploads = Uploads(Path(get_upload_folder()), _UPLOADS * service.limits.file_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,13 +67,15 @@ class Guard:
             return await _answer(send, 200, b"ok\n")
         if path == "/metrics":
             return await _answer(send, 200, self.service.metrics(), b"text/plain; version=0.0.4; charset=utf-8")
-        limits = self.service.limits
-        most = limits.file_bytes + _UPLOAD_ROOM if path.endswith("/upload") else limits.body_bytes
+        if path.endswith("/deep_link"):  # would write the page's state to the disk, for good
+            return await _answer(send, 404, b"There are no such links here.\n")
+        limits, uploading = self.service.limits, path.endswith("/upload")
+        most = limits.file_bytes + _UPLOAD_ROOM if uploading else limits.body_bytes
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if not told.isdigit() or int(told) > most:
             return await self._refuse(send, most)
-        if path.endswith("/upload") and _kept() + int(told) > _UPLOADS * limits.file_bytes:
-            return await _answer(send, 507, b"There is no room for uploads now: they are deleted after an hour.\n")
+        if uploading:
+            return await self._uploaded(scope, receive, send, int(told) or most)
         if self.calls is not None and scope["method"] == "POST" and self.calls.concern(path):
             return await self._checked(self.calls, path, scope, receive, send, most)
         counted = int("/call/" in path or path.endswith("/queue/data"))
@@ -77,6 +84,13 @@ class Guard:
             return await self._bounded(scope, receive, send, most)
         finally:
             self.traffic.open -= counted
+
+    async def _uploaded(self, scope: Scope, receive: Receive, send: Send, told: int) -> None:
+        """Take files, if there is room for as much as the request says that it brings."""
+        async with self.uploads.room(told) as room:
+            if room:
+                return await self._bounded(scope, receive, send, told)
+        await _answer(send, 507, b"There is no room for uploads now: they are deleted after an hour.\n")
 
     async def _checked(
         self, calls: Calls, path: str, scope: Scope, receive: Receive, send: Send, most: int
@@ -135,13 +149,6 @@ class Guard:
     async def _refuse(self, send: Send, most: int) -> None:
         self.service.desk.metrics.refusals.labels("length").inc()
         await _answer(send, 413, f"The request is too long: at most {most:,} bytes are read.\n".encode())
-
-
-def _kept() -> int:
-    """Bytes of the files that were uploaded here."""
-    with contextlib.suppress(OSError):  # one was deleted meanwhile
-        return sum(path.stat().st_size for path in Path(get_upload_folder()).rglob("*") if path.is_file())
-    return 0
 
 
 class _TooLong(Exception):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from modification.errors import LoadError
+from modification.errors import LoadError, first_line
 from modification.routing import is_router
 
 INDEX = "model.safetensors.index.json"
@@ -48,6 +48,8 @@ def check_files(folder: Path, config: dict[str, Any]) -> None:
     Raises:
         Damaged: with a sentence for the user.
     """
+    if (folder / "adapter_config.json").exists():  # with peft at hand its files would be read too, pickles among them
+        raise Damaged(f"{folder} holds an adapter beside its weights (adapter_config.json): merge it into them first")
     tensors = 0
     for path in sorted(folder.glob("*.safetensors")):
         tensors += len(header_of(path))
@@ -72,6 +74,22 @@ def check_sizes(folder: Path) -> None:
             raise Damaged(f"{path} can't be read: {error.strerror}") from error
         if size > most:
             raise Damaged(f"{path} has {size:,} bytes, more than any model's: at most {most:,} are read")
+
+
+def read_config(path: Path) -> Any:
+    """A config.json as it stands.
+
+    Raises:
+        Damaged: longer than any model's, or no JSON.
+    """
+    try:
+        if (size := path.stat().st_size) > _CONFIG_BYTES:
+            raise Damaged(f"{path} has {size:,} bytes, more than any model's: at most {_CONFIG_BYTES:,} are read")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        if isinstance(error, Damaged):
+            raise
+        raise Damaged(f"{path} is not valid JSON: {first_line(error)}") from error
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -131,8 +149,14 @@ def _check_index(folder: Path) -> None:
             raise Damaged(f"{folder} lacks {name}, which its index names: the download or copy is incomplete")
 
 
-def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
-    """Counts that would take all memory or time before anything else refused them."""
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """What a config must not say: to read another file in its place, to fetch code, numbers that are no model's.
+
+    Raises:
+        Damaged: it does.
+    """
+    if "configuration_files" in config:
+        raise Damaged(f"{path} names other configs to be read in its place (configuration_files): remove that")
     for name, value in _numbers(config):
         if abs(value) > _MOST:
             raise Damaged(f"{path} says {name} = {value:.3g}: that is no model's")
@@ -140,9 +164,19 @@ def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
         count = config.get(name)
         if type(count) is int and count < 1:
             raise Damaged(f"{path} says {name} = {count}: it must be 1 or more")
-    for name, word in config.items():
-        if name.endswith("implementation") and isinstance(word, str) and not _WORD.fullmatch(word):
-            raise Damaged(f"{path} says {name} = {word[:80]!r}: kernels are not fetched from elsewhere")
+    for name, value in config.items():
+        words = value.values() if isinstance(value, dict) else [value]
+        if name.endswith("implementation") and not all(one is None or _is_word(one) for one in words):
+            raise Damaged(f"{path} says {name} = {str(value)[:80]!r}: kernels are not fetched from elsewhere")
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and _WORD.fullmatch(value) is not None
+
+
+def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Counts that would take all memory or time before anything else refused them."""
+    check_config(path, config)
     for name in _LAYERS:
         layers = config.get(name)
         if isinstance(layers, int) and not 0 < layers <= tensors:

@@ -17,7 +17,7 @@ from modification.architectures import FAMILIES, PREFIX, structured
 from modification.config import MoDConfig
 from modification.errors import LoadError, first_line, out_of_memory
 from modification.hub import Progress, fetch
-from modification.integrity import check_files, check_fit, check_loaded, check_sizes, header_of
+from modification.integrity import check_files, check_fit, check_loaded, check_sizes, header_of, read_config
 from modification.model import MoDModel, convert, register_family
 
 ADAPTER = "adapter"  # folder within a model's that holds a low-rank change of its weights
@@ -229,10 +229,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise LoadError(f"{folder} is not a model folder: it has no config.json")
     check_sizes(folder)
-    try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise LoadError(f"{path} is not valid JSON: {first_line(error)}") from error
+    config = read_config(path)
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str):
         raise LoadError(f"{path} names no model_type")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from modification.config import check_threshold, check_thresholds
 
 FORMAT = 1
-MOST_LAYERS = 1024  # in a trace that is read
+MOST_LAYERS, MOST_TOKENS, MOST_SCORES = 1024, 100_000, 4_000_000  # in a trace that is read
 _SCORE_DIGITS = 4
 
 
@@ -148,6 +148,7 @@ class RoutingTrace:
                 raise ValueError(f"{trace.depth} layers: expected 1 to {MOST_LAYERS}")
             if any(not 0 <= layer < trace.depth for layer in trace.mod_layers):
                 raise ValueError(f"MoD layers {trace.mod_layers} in a model of {trace.depth} layers")
+            _check_size(len(trace.mod_layers), sum(len(step["tokens"]) for step in values["steps"]))
             trace.steps = [_step_from_dict(step, len(trace.mod_layers)) for step in values["steps"]]
             trace.texts = [str(part) for part in values["texts"]]
             trace.info = dict(values["info"])
@@ -160,6 +161,15 @@ class RoutingTrace:
 
     def _columns(self, parts: list[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
         return np.concatenate(parts, axis=1) if parts else np.empty((len(self.mod_layers), 0), dtype)
+
+
+def _check_size(layers: int, tokens: int) -> None:
+    """Before anything is built of it."""
+    if tokens > MOST_TOKENS or tokens * layers > MOST_SCORES:
+        raise ValueError(
+            f"{tokens:,} tokens over {layers} MoD layers: at most {MOST_TOKENS:,} tokens and {MOST_SCORES:,} scores "
+            "are read"
+        )
 
 
 def _step_to_dict(step: Step) -> dict[str, Any]:

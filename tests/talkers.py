@@ -1,11 +1,11 @@
 """Tiny random models on disk for tests of the app: a byte tokenizer, scattered routers, a context of 128 or more."""
 
-import json
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from app.tape import records
 from modification import MoDConfig, convert
 
 CHAT = (
@@ -47,4 +47,4 @@ def talker(path, chat=False, context=128, dense=False):
 
 def columns(tape):
     """All tokens of a run's tape, with their scores and decisions."""
-    return [record for record in map(json.loads, tape.splitlines()) if record[0] == "c"]
+    return [record for record in records(tape) if record[0] == "c"]

@@ -43,7 +43,7 @@ def talk(service, *messages, session="one", p=0.5, **options):
 
 
 def records(tape):
-    return [json.loads(line) for line in tape.splitlines()]
+    return [json.loads(line) for line in tape.split("\n") if line]
 
 
 def test_the_left_side_runs_everything_and_the_right_side_routes(service):
@@ -147,11 +147,23 @@ def test_closing_a_session_frees_both_caches(service):
 
 
 def test_the_least_recent_conversation_makes_room(service):
-    """Two are kept here."""
+    """Two keep their caches here; what was said in the third stays, and it goes on."""
     for session in ("a", "b", "c"):
         talk(service, "Hello", session=session)
-    assert service.talks.turns("a") == []
-    assert service.talks.turns("c") == ["Hello"]
+    assert [service.talks.store.of(session).allocated() > 0 for session in "abc"] == [False, True, True]
+    assert [turn["message"] for turn in talk(service, "And then?", session="a")] == ["Hello", "And then?"]
+    assert [service.talks.store.of(session).allocated() > 0 for session in "abc"] == [True, False, True]
+
+
+def test_a_conversation_that_waits_is_not_idle(service):
+    """However long its answer takes."""
+    talk(service, "Hello")
+    later = time.monotonic() + service.limits.idle + 1
+    with service.talks.store.of("one").alone():
+        service.talks.store.close_idle(later)
+        assert service.talks.turns("one") == ["Hello"]
+    service.talks.store.close_idle(later + service.limits.idle)
+    assert service.talks.turns("one") == []
 
 
 def test_blind_sides_are_dealt_by_lot_and_the_tape_says_who_is_who(service, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import random
 import threading
 import time
@@ -16,7 +15,7 @@ from talkers import columns, talker
 
 from app.errors import UserError
 from app.service import Limits, Request, Service
-from app.tape import Piece, Tape
+from app.tape import Piece, Tape, records
 from modification import generate
 from modification.measure.memory import trim
 
@@ -208,7 +207,7 @@ def test_what_was_allocated_is_within_what_was_promised(folder):
         tape = ""
         for update in service.run("one", 0.0 if user % 2 else threshold(user), request(user)):
             tape = update.tape or tape
-        figures = [record for record in map(json.loads, tape.splitlines()) if record[0] == "f"][-1]
+        figures = [record for record in records(tape) if record[0] == "f"][-1]
         allocated, tokens = figures[5], len(columns(tape))
         assert 0 < allocated <= loaded.cache_bytes(tokens)
         caches.append(allocated / loaded.cache_bytes(tokens))

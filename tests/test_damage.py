@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from modification import generate, load
 from modification.errors import LoadError
+from modification.measure.estimate import config_of, estimate
 
 SECONDS = 20  # for one folder
 
@@ -138,6 +139,38 @@ def test_a_config_that_asks_for_much_more_than_the_files_hold_is_refused(folder)
     """Before memory is taken for it."""
     edit(folder / "config.json", lambda config: config.update(vocab_size=8_000_000))
     with pytest.raises(LoadError, match=r"describes a model of 512,[\d,]+ weights, and the files hold"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("said", "sentence"), [
+    ({"configuration_files": ["config.1.0.json"]}, "names other configs to be read in its place"),
+    ({"attn_implementation": "owner/kernel"}, "kernels are not fetched"),
+    ({"_attn_implementation": {"text_config": "owner/kernel"}}, "kernels are not fetched"),
+    ({"experts_implementation": ["owner/kernel"]}, "kernels are not fetched"),
+])
+def test_a_config_that_leads_elsewhere_is_refused(folder, said, sentence):
+    """Another file would be read after this one was checked."""
+    (folder / "config.1.0.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 123_456_789}))
+    edit(folder / "config.json", lambda config: config.update(said))
+    before = time.monotonic()
+    for reads in (load, lambda source: config_of(str(source))):
+        with pytest.raises(ValueError, match=sentence):
+            reads(folder)
+    assert time.monotonic() - before < 2
+
+
+def test_a_shape_of_endless_layers_is_not_estimated(folder):
+    """It would be built, layer by layer."""
+    edit(folder / "config.json", lambda config: config.update(num_hidden_layers=2_000_000))
+    with pytest.raises(ValueError, match=r"1 to 2,048 are estimated"):
+        estimate(config_of(str(folder)), context=10)
+
+
+def test_an_adapter_at_the_top_is_refused(folder):
+    """With peft installed transformers would read its files, pickles among them."""
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]}))
+    (folder / "adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(LoadError, match="holds an adapter beside its weights"):
         load(folder)
 
 

@@ -77,10 +77,16 @@ def test_only_folders_that_are_allowed_are_opened(folder, tmp_path):
     shutil.copytree(folder, inside / "half")
     (inside / "half" / "model.safetensors").unlink()
     (inside / "half" / "model.safetensors").symlink_to(outside / "model.safetensors")
+    shutil.copytree(folder, inside / "nested")  # a link within what a link leads to
+    (inside / "store").mkdir()
+    (inside / "nested" / "adapter").symlink_to(inside / "store")
+    (inside / "store" / "adapter_model.safetensors").symlink_to(outside / "model.safetensors")
+    (inside / "store" / "round").symlink_to(inside / "store")
     library = Library({"listed": outside}, Limits(folders=(inside,)))
     assert library.open(str(inside / "fine"))
     assert library.open("listed")
-    for name in (outside, inside / ".." / "private", inside / "linked", inside / "half", "/", "~", "~nobody/x", "a\0b"):
+    linked = [inside / name for name in ("linked", "half", "nested")]
+    for name in (outside, inside / ".." / "private", *linked, "/", "~", "~nobody/x", "a\0b"):
         with pytest.raises(UserError, match=r"not among the folders|no path"):
             library.open(str(name))
     service = Service({}, limits=Limits(folders=(inside,)))

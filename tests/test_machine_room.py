@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import signal
 import subprocess
@@ -10,13 +11,15 @@ import textwrap
 import threading
 import time
 
+import gradio as gr
 import httpx
 import pytest
 from builders import REPO
 from talkers import talker
 
+from app.errors import UserError
 from app.headless import served
-from app.service import Limits, Request, Service
+from app.service import Limits, Request, Service, Zero
 
 
 def child(code: str, *arguments: str, **environment: str) -> str:
@@ -140,6 +143,24 @@ def test_p_moves_in_a_fork_as_on_zerogpu(tmp_path):
         print(multiprocessing.active_children(), there.desk.turnstile.count())
     """), str(tmp_path / "model"), OMP_NUM_THREADS="1")
     assert said.splitlines() == ["True", "0.0 1.0 2005", "[] (0, 0)"]
+
+
+def test_what_zerogpu_refuses_is_a_sentence(tmp_path):
+    """`spaces` raises Gradio's error; and it looks for the visitor in the thread that asks."""
+    visitor, asked = contextvars.ContextVar("visitor", default="nobody"), []
+
+    def decorate(work):
+        def call(*arguments):
+            asked.append(visitor.get())
+            raise gr.Error("You have exceeded your GPU quota.")
+            yield from work(*arguments)
+        return call
+
+    service = Service({"tiny": talker(tmp_path / "model")}, limits=Limits(frame=0.0), zero=Zero(decorate))
+    visitor.set("somebody")
+    with pytest.raises(UserError, match="exceeded your GPU quota"):
+        list(service.run("a", 0.5, Request("Hello", "tiny", 5, 0.0)))
+    assert asked == ["somebody"]
 
 
 def test_a_model_loaded_on_auto_runs_in_the_app(tmp_path):

@@ -8,8 +8,9 @@ import pytest
 from talkers import columns, talker
 
 from app.errors import UserError
-from app.service import Limits, Request, Service, measuring
+from app.service import Limits, Request, Service, conversions, measuring
 from app.service.conversions import Plan
+from modification.loading import load_dense_or_mod
 
 TEXT = "Once there was a fox who lived by the river and counted the boats. " * 6
 
@@ -201,6 +202,44 @@ def test_a_cancelled_conversion_keeps_its_checkpoint_and_goes_on(service, text):
     assert not resumed[-1].failed, resumed[-1].ended
     assert steps == sorted(set(steps)), "no step is told twice"
     assert steps[-1] == 200
+
+
+def test_an_app_that_ends_has_its_conversion_leave_a_checkpoint(service, text):
+    """And waits for it."""
+    run, told = service.convert(plan(text, tokens=2000 * 8 * 16)), []
+    while not next(run).log:
+        pass
+    reader = threading.Thread(target=lambda: told.extend(run))
+    reader.start()
+    assert service.shut_down(60)
+    reader.join(60)
+    assert told[-1].failed
+    assert "--resume goes on" in told[-1].ended
+    assert service.conversions.unfinished()["made"] > 0
+    with pytest.raises(UserError, match="shutting down"):
+        next(service.convert(plan(text, name="other")))
+
+
+def test_more_rows_than_memory_holds_are_refused_before_they_are_run(service, text, monkeypatch):
+    """The estimate times a step of that size."""
+    model, _ = load_dense_or_mod(service.library.listed["tiny"])
+    monkeypatch.setattr(conversions, "available_bytes", lambda *_: 50_000_000)
+    monkeypatch.setattr(conversions, "load_dense_or_mod", lambda *_, **__: (model, None))
+    monkeypatch.setattr(model, "forward", lambda **_: pytest.fail("it ran"))
+    with pytest.raises(UserError, match="choose fewer rows"):
+        service.estimate_conversion(plan(text, block=4096, batch=512, tokens=10 * 4096 * 512))
+
+
+def test_a_card_shows_no_picture_and_no_tag_even_where_it_looks_like_code(tmp_path):
+    """What a browser takes for code is not what a pattern takes for it."""
+    card = "\\`![x](http://evil/p.png)\\` `![y](z)` <img src=q> ```<b>``` a < b"
+    (tmp_path / "README.md").write_text(card)
+    shown = measuring.card_of(str(tmp_path))
+    assert "![" not in shown
+    assert "<i" not in shown
+    assert "<b" not in shown
+    assert "a < b" in shown
+    assert shown.replace("\u200b", "") == card
 
 
 def test_one_conversion_at_a_time(service, text):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import random
 import threading
 from collections import Counter
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 import gradio as gr
 import httpx
 import pytest
+from gradio.utils import get_upload_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.middleware import Middleware
@@ -23,6 +26,7 @@ from app.calls import Calls
 from app.service import Limits, Request, Service
 from app.tabs import benchmark, chat, explore, sweep
 from app.tabs.shared import OOPS
+from app.uploads import Uploads
 from app.web import Guard
 
 HANDLED, OVER_HTTP = 7_500, 2_500
@@ -92,7 +96,8 @@ HANDLERS = {
     "sweep": (sweep._sweep, [TEXT, GRID, NUMBER, TEXT], 0.15, [SOMEONE]),
     "bench": (benchmark._bench, [TEXT, GRID, GRID, NUMBER, NUMBER, st.booleans()], 0.1, [SOMEONE]),
     "estimate": (benchmark._estimate, [TEXT, NUMBER, NUMBER, NUMBER, TEXT, TEXT, TEXT], 0.1, []),
-    "trace": (explore._read_trace, [st.binary(max_size=200) | st.just(b"[" * 100_000)], 0.1, []),
+    "trace": (explore._read_trace, [st.binary(max_size=200) | st.just(b"[" * 100_000)], 0.1, [SOMEONE]),
+    "text": (sweep._read, [st.binary(max_size=200)], 0.05, []),
     "move": (explore._move, [NUMBER | TEXT], 0.05, [SOMEONE]),
 }
 
@@ -226,6 +231,8 @@ def test_nobody_moves_the_p_of_a_programs_run(service, monkeypatch):
     ("call/v2/generate", {"a secret text": 1}, "takes prompt, p, model"),
     ("call/v2/generate", {"p": 0.5}, "needs prompt"),
     ("call/v2/generate", {"prompt": {"path": "a secret text", "meta": {}}}, "value 1 has to be"),
+    ("call/generate", {"data": ["\ud800", *plain("")[1:]]}, "half a character"),
+    ("call/v2/generate", {"prompt": "\ud800"}, "half a character"),
     ("queue/join", {"data": ["a secret text"] * 40, "fn_index": "1", "session_hash": "s"}, "fn_index has to be"),
     ("run/generate", {"data": ["a secret text"] * 40, "fn_index": 1}, "and 40 came"),
     ("queue/join", {"data": ["a secret text"] * 40, "fn_index": 1, "session_hash": "s"}, "and 40 came"),
@@ -234,7 +241,8 @@ def test_nobody_moves_the_p_of_a_programs_run(service, monkeypatch):
 ])
 def test_calls_that_do_not_fit_are_told_so_and_leave_no_text_in_the_log(address, capfd, path, call, sentence):
     """Gradio would write them there, values and all."""
-    answer = httpx.post(f"{address}/gradio_api/{path}", json=call, timeout=20)
+    sent = {"content": json.dumps(call), "headers": {"content-type": "application/json"}, "timeout": 20}
+    answer = httpx.post(f"{address}/gradio_api/{path}", **sent)
     assert answer.status_code == 422 or not sentence  # Gradio's own refusal
     assert sentence in answer.text
     assert "a secret text" not in answer.text
@@ -256,11 +264,37 @@ def test_calls_that_fit_pass(service):
     assert said("queue/join", {"data": ["a"] * 40, "fn_index": 10**6, "session_hash": "s"}) is None
     for sort, value in (
         ("Dropdown", "owner/name"), ("Slider", 1), ("Slider", 0.5), ("Checkbox", False), ("Number", 7),
-        ("UploadButton", {"path": "/tmp/gradio/a.json", "orig_name": "a.json", "meta": {"_type": "gradio.FileData"}}),
+        ("UploadButton", uploaded(f"{get_upload_folder()}/a.json")),
     ):
         for number, fn in demo.fns.items():
             data = [value if type(block).__name__ == sort else None for block in fn.inputs]
             assert said("queue/join", {"data": data, "fn_index": number, "session_hash": "s"}) is None
+
+
+def uploaded(path: str) -> dict:
+    """A file as a page names it."""
+    return {"path": path, "orig_name": "a.json", "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.mark.parametrize("path", [
+    "http://127.0.0.1:9/bomb", "https://example.com/x.json", "HTTP://x", "/etc/passwd", "", "a\0b", "x" * 5000,
+    f"{get_upload_folder()}/../../etc/passwd", "file:///etc/passwd", 7,
+])
+def test_a_file_in_a_call_is_one_that_was_uploaded_here(address, service, path, monkeypatch):
+    """At every input that takes one; Gradio would fetch an address, however much comes from there."""
+    fetched = []
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_get", lambda url: fetched.append(url))
+    tried = 0
+    for number, fn in ui.build(service).fns.items():
+        for at, block in enumerate(fn.inputs):
+            if type(block).__name__ == "UploadButton":
+                data = [uploaded(path) if place == at else None for place in range(len(fn.inputs))]
+                call = {"data": data, "fn_index": number, "session_hash": "s"}
+                answer = httpx.post(f"{address}/gradio_api/queue/join", json=call, timeout=20)
+                assert (answer.status_code, "an uploaded file" in answer.text) == (422, True)
+                tried += 1
+    assert tried >= 2
+    assert not fetched
 
 
 def test_values_of_a_wrong_type_are_told_so_and_leave_no_text_in_the_log(address, service, capfd):
@@ -305,13 +339,58 @@ def test_who_leaves_while_gradio_hands_out_work_stops_nobody(service):
 def test_uploads_do_not_fill_the_disk(address, service, monkeypatch, tmp_path):
     """What is kept is bounded, whoever sends it."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    for _ in range(2):
-        assert httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.txt", b"x" * 1000)}).status_code == 200
+    assert httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.txt", b"x" * 1000)}).status_code == 200
+    (tmp_path / "small").write_text("x")
+    (tmp_path / "large").write_text("x" * 10_000)
+    assert Uploads(tmp_path, 0).kept() == 8192 + 10_000
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(50 * service.limits.file_bytes)
-    refused = httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.txt", b"x" * 1000)})
-    assert refused.status_code == 507
-    assert "no room for uploads" in refused.text
+    guard, said = Guard(None, service), []  # the one that serves was made before the folder
+
+    async def note(message):
+        said.append(message)
+
+    scope = {"type": "http", "path": "/gradio_api/upload", "method": "POST", "headers": [(b"content-length", b"1000")]}
+    asyncio.run(guard(scope, None, note))
+    assert said[0]["status"] == 507
+    assert b"no room for uploads" in said[1]["body"]
+
+
+def test_uploads_under_way_count_and_many_small_files_do(tmp_path):
+    """Room is taken before a file is there, and given back; a tiny file takes a block of the disk."""
+    async def tries():
+        room = Uploads(tmp_path, 30_000_000)
+        async with room.room(20_000_000) as first, room.room(9_000_000) as second, room.room(2_000_000) as third:
+            assert (first, second, third) == (True, True, False)
+        async with room.room(20_000_000) as again:
+            assert again
+        async with Uploads(tmp_path, 8_000_000).room(100_000) as crowd:  # up to a thousand files
+            assert not crowd
+
+    asyncio.run(tries())
+
+
+def test_folders_that_uploads_left_empty_go(tmp_path):
+    """Once they are not fresh; a folder with a file stays."""
+    for name in ("old", "new", "full"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "a").write_text("x")
+    for name in ("old", "full"):
+        os.utime(tmp_path / name, (1, 1))
+    assert Uploads(tmp_path, 0).kept() == 8192
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "new"]
+
+
+def test_no_link_of_gradios_writes_a_page_to_the_disk(address):
+    """It would stay there for good."""
+    assert httpx.get(f"{address}/gradio_api/deep_link?session_hash=s").status_code == 404
+
+
+def test_pages_fetch_nothing_from_elsewhere(address):
+    """Every answer says so to the browser."""
+    for path in ("/", "/config", "/health"):
+        policy = httpx.get(f"{address}{path}").headers["content-security-policy"]
+        assert "img-src 'self' data: blob:" in policy
 
 
 def test_what_is_too_long_is_refused_unread(address, service):

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.figures import load_per_layer
-from app.present import waiting_sentence
-from app.tape import FIGURES, Piece, Tape, Window, bits, ending, tape_of_trace
+from app.present import snippet, waiting_sentence
+from app.service.requests import Request
+from app.tape import FIGURES, Piece, Tape, Window, bits, ending, records, summary, tape_of_trace
 from modification.measure.cost import CostMeter, ModelShape
 from modification.trace import RoutingTrace, Step
 
@@ -22,10 +23,6 @@ def step(routed, prefill=False, p=0.5, seconds=0.1):
     logprobs = np.full(count, np.nan if prefill else -1.0, np.float32)
     scores = np.where(routed, 0.9, 0.1)
     return Step(np.arange(count), logprobs, scores, routed, p, 800, 840, 1600, seconds, prefill)
-
-
-def records(tape):
-    return [json.loads(line) for line in tape.splitlines()]
 
 
 def test_tape_only_grows_so_that_updates_travel_as_appends():
@@ -41,7 +38,7 @@ def test_tape_only_grows_so_that_updates_travel_as_appends():
 def test_a_column_carries_text_threshold_scores_and_decisions():
     tape = Tape(SHAPE, "m")
     tape.add(step([[1, 0], [0, 0]], prefill=True, p=0.25), [Piece("<s>", True), Piece("Once")])
-    header, first, second, figures = records(tape.text)
+    header, first, second, figures = list(records(tape.text))
     assert header[1]["depth"] == 4
     assert header[1]["mod"] == [1, 2]
     assert first == ["c", "<s>", 0.25, "e6619a", "1", "s", 0]
@@ -54,7 +51,7 @@ def test_figures_of_a_run():
     tape.add(step([[1, 1], [1, 1]], prefill=True, seconds=9.0), [Piece("a"), Piece("b")])
     tape.add(step([[0], [0]], seconds=0.25), [Piece("c")])
     tape.add(step([[1], [0]], seconds=0.25), [Piece("d")])
-    last = dict(zip(FIGURES, records(tape.text)[-1][1:], strict=True))
+    last = dict(zip(FIGURES, list(records(tape.text))[-1][1:], strict=True))
     assert last["load"] == pytest.approx(1 / 4), "of the new tokens"
     assert last["total"] == pytest.approx(5 / 8), "prompt included"
     assert last["speed"] == 4.0, "prefill time is not decode speed"
@@ -69,15 +66,29 @@ def test_load_and_speed_answer_when_p_moves():
         tape.add(step([[1], [1]], seconds=0.2), [Piece("b")])
     for _ in range(40):
         tape.add(step([[0], [0]], seconds=0.1), [Piece("c")])
-    last = dict(zip(FIGURES, records(tape.text)[-1][1:], strict=True))
+    last = dict(zip(FIGURES, list(records(tape.text))[-1][1:], strict=True))
     assert (last["load"], last["speed"]) == (0.0, 10.0)
 
 
 def test_hostile_token_text_stays_one_json_line():
+    """And whatever reads tapes reads it as one: some characters count as ends of lines elsewhere."""
     tape = Tape(SHAPE, "m")
-    nasty = 'a"\n</script><img src=x onerror=alert(1)>\u2028'
-    tape.add(step([[1], [1]]), [Piece(nasty)])
+    nasty = 'a"\n</script><img src=x onerror=alert(1)>\u2028\u2029\x85\x1e\x0c'
+    tape.add(step([[1], [0]], prefill=True), [Piece(nasty)])
+    tape.add(step([[1], [0]]), [Piece(nasty)])
+    tape.end(nasty)
     assert json.loads(tape.text.split("\n")[1])[1] == nasty
+    assert summary(tape.text)["text"] == summary(tape.text)["ended"] == nasty
+    assert list(load_per_layer(tape.text).data[0].y) == [1.0, 1.0, 0.0, 1.0]
+    assert "load(" in snippet(Request("x", "m"), tape.text, "'m'")
+
+
+def test_half_characters_of_a_trace_can_be_sent():
+    """A message to a page has to be UTF-8."""
+    tape = Tape(SHAPE, "\ud800")
+    tape.add(step([[1], [1]]), [Piece("a\udfff")])
+    assert tape.text.encode()
+    assert [record[1] for record in records(tape.text)][1] == "a?"
 
 
 def test_two_runs_never_share_a_header():

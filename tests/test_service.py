@@ -183,6 +183,22 @@ def test_a_step_that_cannot_be_is_a_sentence(service, change):
         service.read_trace(json.dumps(whole).encode())
 
 
+@pytest.mark.parametrize(("layers", "tokens"), [(2, 100_001), (1000, 4_001)])
+def test_a_trace_of_too_many_scores_is_refused_before_it_is_built(service, layers, tokens):
+    """A few MB of JSON could make hundreds of MB of columns."""
+    step = {"tokens": [1] * tokens}
+    whole = {"format": 1, "depth": layers, "mod_layers": list(range(layers)), "texts": [], "info": {}, "steps": [step]}
+    with pytest.raises(UserError, match=r"at most 100,000 tokens and 4,000,000 scores"):
+        service.read_trace(json.dumps(whole).encode())
+
+
+@pytest.mark.parametrize("odd", ["a\u2028b", "a\u2029b", "a\u0085b", "a\x1eb\x0cc"])
+def test_words_that_look_like_the_end_of_a_line_lose_no_run(service, odd):
+    """A finished run for a program, its snippet, its figure."""
+    found = service.generate(0.5, request(prompt=f"Hello {odd} world"))
+    assert found["new_tokens"] > 0
+
+
 def test_a_trace_that_is_too_large_is_refused_unread(folder):
     with pytest.raises(UserError, match=r"at most 0 MB|0\.0 MB"):
         Service({}, limits=Limits(file_bytes=10)).read_trace(b"x" * 100)

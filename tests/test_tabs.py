@@ -20,7 +20,7 @@ from app.present import (
 from app.service import Limits, Update
 from app.service.library import Loading
 from app.tabs import chat, convert, explore, model, sweep
-from app.tabs.shared import OOPS, guarded, numbers, status, table
+from app.tabs.shared import OOPS, answered, guarded, numbers, status, table
 
 SOMEONE = SimpleNamespace(session_hash="someone")
 TAPE = """["h",{"id":"0","depth":4,"mod":[1,2],"anchors":1,"title":"t"}]
@@ -153,9 +153,10 @@ def point(p, loss):
     return SimpleNamespace(quality=quality, kv=1 - p / 2, compute=1 - p / 2, speed=100.0)
 
 
-def swept(*points, best=None):
+def swept(*points, best=None, given=64):
     return SimpleNamespace(
-        points=points, dense=2.0, dense_speed=50.0, parent="dense (dense)", tokens=64, within=0.02, best=best
+        points=points, dense=2.0, dense_speed=50.0, parent="dense (dense)", tokens=64, given=given, within=0.02,
+        best=best,
     )
 
 
@@ -169,6 +170,11 @@ def test_a_sweep_fills_table_plot_and_sentence():
     assert "**p = 0.3**" in shown[-1][3]
     assert shown[-1][4] == 0.3
     assert shown[-1][5]["visible"]
+
+
+def test_a_text_that_was_cut_is_said_to_be():
+    service = FakeService(sweep=closing([Update(result=swept(point(0, 2.0), given=50_000))]))
+    assert "64 tokens (the first of 50,000)" in list(sweep._sweep(service)("text", "0", 2, "m", SOMEONE))[-1][0]
 
 
 def test_no_p_within_reach_is_said_and_hands_nothing_over():
@@ -230,6 +236,33 @@ def test_a_guarded_handler_keeps_its_signature_and_says_oops():
     first, last = handler("a", SOMEONE)
     assert first == "a"
     assert OOPS in last
+
+
+def test_an_answered_handler_keeps_its_signature_and_says_what_was_wrong():
+    @answered(lambda line: (line, None))
+    def handler(number, request: gr.Request):
+        if not number:
+            raise UserError("An answer is still being made.")
+        return number, {}[number]
+
+    assert "still being made" in handler(0, SOMEONE)[0]
+    assert OOPS in handler(1, SOMEONE)[0]
+
+
+def test_what_was_broken_off_is_named_when_the_app_starts_again(tmp_path):
+    """A conversion that the last app was killed in."""
+    from app.service import Service
+
+    for name, step, done in (("half", 40, False), ("half", 120, False), ("whole", 60, True)):
+        checkpoint = tmp_path / name / "checkpoints" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text("{}")
+        if done:
+            (tmp_path / name / "report.json").write_text("{}")
+    (tmp_path / "half" / "checkpoints" / "checkpoint-160").mkdir()  # not whole
+    said = convert._opening(Service({}, converted=tmp_path))
+    assert "half (120 steps)" in said
+    assert "whole" not in said
 
 
 def test_the_page_builds_and_offers_four_endpoints_by_name(tmp_path):

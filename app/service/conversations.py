@@ -113,8 +113,8 @@ class Conversation:
             return 0
         try:
             freed = self.allocated()
-            for thread in self.threads:
-                thread.close()
+            self._free()
+            self.threads = []  # and their models
             return freed
         finally:
             self.filling.release()
@@ -135,9 +135,9 @@ class Conversation:
     ) -> int:
         """Bytes that the caches may come to (estimated), once ``message``, after so many turns, has got answers of
         ``budget`` tokens."""
-        total = 0
+        total, threads = 0, self.threads  # which may be emptied meanwhile
         for at, loaded in enumerate(models):
-            kept = len(self.threads[at].cache.tokens) if at < len(self.threads) else 0
+            kept = len(threads[at].cache.tokens) if at < len(threads) else 0
             new = len(loaded.tokenizer(message)["input_ids"]) + _TEMPLATE
             text = written(loaded.tokenizer, messages_of(self.turns[:turns], at, message))
             whole = len(loaded.tokenizer(text)["input_ids"])
@@ -157,7 +157,8 @@ class Conversation:
 
 
 class Conversations:
-    """Conversations by session; the least recently used are closed when there are too many."""
+    """Conversations by session. The least recently used give up their caches when too many have one; what was said
+    stays, and is read again with the next message."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -174,10 +175,12 @@ class Conversations:
         with self._table:
             old = self._open.pop(session, None)
             self._open[session] = conversation
-            quiet = [name for name, one in self._open.items() if name != session and not one.busy.locked()]
-            spare = [self._open.pop(name) for name in quiet[: max(0, len(self._open) - self.limits.chats)]]
-        for one in ([old] if old is not None and old is not conversation else []) + spare:
-            one.close()
+            others = [one for one in self._open.values() if one is not conversation]
+        if old is not None and old is not conversation:
+            old.close()
+        warm = [one for one in others if one.allocated()]
+        for one in warm[: max(0, len(warm) + 1 - self.limits.chats)]:
+            one.empty()
 
     def held(self) -> int:
         """Bytes of the caches of conversations whose request has no place, or that have none."""
@@ -203,9 +206,12 @@ class Conversations:
             found.close()
 
     def close_idle(self, now: float) -> None:
-        """Close conversations that nobody has gone on with for a while."""
+        """Close conversations that nobody has gone on with for a while, but those whose answer is being made."""
         with self._table:
-            idle = [name for name, one in self._open.items() if now - one.used > self.limits.idle]
+            idle = [
+                name for name, one in self._open.items()
+                if not one.busy.locked() and now - one.used > self.limits.idle
+            ]
         for name in idle:
             self.close(name)
 

@@ -100,10 +100,25 @@ class Conversions:
 
     folder: Path
     _busy: threading.Lock = field(default_factory=threading.Lock)
+    _process: subprocess.Popen[bytes] | None = None
 
     def finished(self) -> dict[str, Path]:
         """Converted models in the folder, by name."""
         return {path.parent.name: path.parent for path in sorted(self.folder.glob("*/report.json"))}
+
+    def unfinished(self) -> dict[str, int]:
+        """Conversions that were broken off, by name, with the steps of their last checkpoint."""
+        found, finished = dict[str, int](), self.finished()
+        for path in sorted(self.folder.glob("*/checkpoints/checkpoint-*/trainer_state.json")):  # written last
+            name, step = path.parents[2].name, path.parent.name.rpartition("-")[2]
+            if name not in finished and step.isdigit():
+                found[name] = max(found.get(name, 0), int(step))
+        return found
+
+    def end(self) -> None:
+        """Have the one under way, if there is one, write a checkpoint and end."""
+        if self._process is not None:
+            self._process.terminate()
 
     def estimate(self, plan: Plan) -> tuple[float, float, int]:
         """Seconds and bytes that a conversion will take, and bytes that are free.
@@ -127,7 +142,12 @@ class Conversions:
             raise UserError(str(error)) from error
         if isinstance(model, MoDModel):
             raise UserError(f"{plan.parent} is a MoD model already: choose its dense parent.")
-        count = sum(p.numel() for p in model.parameters())
+        taken, free = self._memory(plan, model), available_bytes()
+        if taken > free:
+            raise UserError(
+                f"{plan.batch} rows of {plan.block:,} tokens take {taken / 1e9:.1f} GB in training (estimated) and "
+                f"{free / 1e9:.1f} GB are free: choose fewer rows, or fewer tokens per row."
+            )
         ids = torch.zeros(plan.batch, plan.block, dtype=torch.long)
         times = []
         for _ in range(3):
@@ -135,12 +155,16 @@ class Conversions:
             with torch.inference_mode():
                 model(input_ids=ids, use_cache=False)
             times.append(time.perf_counter() - start)
-        config: Any = model.config
+        passes = _PASSES * plan.steps + (_FITTING * CALIBRATION_TOKENS / ids.numel() if plan.fits else 0)
+        return float(np.median(times)) * passes, taken, free
+
+    @staticmethod
+    def _memory(plan: Plan, model: Any) -> float:
+        """Bytes that it will take: weights and their companions, logits, hidden states."""
+        count, config = sum(p.numel() for p in model.parameters()), model.config
         logits = 3 * 4 * plan.batch * plan.block * config.vocab_size
         hidden = 4 * 20 * plan.batch * plan.block * config.hidden_size * config.num_hidden_layers
-        passes = _PASSES * plan.steps + (_FITTING * CALIBRATION_TOKENS / ids.numel() if plan.fits else 0)
-        taken = 4.0 * count * (1 if plan.fits else _COPIES) + logits + hidden
-        return float(np.median(times)) * passes, taken, available_bytes()
+        return 4.0 * count * (1 if plan.fits else _COPIES) + logits + hidden
 
     def check(self, plan: Plan) -> Path:
         """The folder that the plan writes to.
@@ -185,7 +209,7 @@ class Conversions:
             if plan.resume:
                 drop_redone(out / "log.jsonl", int(last.rpartition("-")[2]) if last else 0)
             fresh = len(read_log(out / "log.jsonl"))
-            process = self._start(plan, out, output)
+            process = self._process = self._start(plan, out, output)
         except BaseException:
             self._busy.release()
             raise
@@ -220,6 +244,7 @@ class Conversions:
             process.kill()
             process.wait()
         finally:
+            self._process = None
             self._busy.release()
 
 

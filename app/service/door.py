@@ -5,6 +5,7 @@ A run belongs to the iterator that made it: closing the iterator frees its cache
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
 import threading
@@ -74,7 +75,9 @@ class Service:
     def source_of(self, name: str) -> str:
         """How Python loads the model of that name: the arguments of ``modification.load``."""
         source, options = parse(name)
-        chosen = [repr(str(self.library.listed.get(source, source)))]
+        place = self.library.listed.get(source, source)
+        # On a shared app its folders are nobody's business.
+        chosen = [repr(str(place) if self.limits.free_models or isinstance(place, str) else place.name)]
         chosen += [f"dtype={DTYPES[options.dtype]!s}"] if options.dtype else []
         chosen += [f"quantization={options.quantization!r}"] if options.quantization else []
         chosen += [f"device_map={{'': {options.device!r}}}"] if options.device else []
@@ -90,8 +93,9 @@ class Service:
 
     def load(self, name: str) -> Iterator[Update]:
         """Load a model: how far it is, then a description as the result."""
-        yield from loading(self.library, name)
-        loaded = self.library.open(name)
+        with self.desk.request("load"):
+            yield from loading(self.library, name)
+            loaded = self.library.open(name)
         rows, report = measuring.layer_rows(loaded), measuring.report_of(loaded.source)
         yield Update(result=(loaded.describe(), rows, report, measuring.card_of(loaded.source)))
 
@@ -118,6 +122,12 @@ class Service:
         """The tape of the first shipped example, or an empty one."""
         paths = sorted(self.traces.glob("*.json")) if self.traces and self.traces.is_dir() else []
         return tape_of_trace(RoutingTrace.from_json(paths[0].read_text(encoding="utf-8"))) if paths else ""
+
+    def trace(self, session: str, data: bytes) -> Iterator[Update]:
+        """The tape of a trace that a user brings, once there is a place to read it; see :meth:`read_trace`."""
+        with self.desk.request("trace"), self.desk.place(session) as line:
+            yield from line
+            yield Update(tape=self.read_trace(data))
 
     def read_trace(self, data: bytes) -> str:
         """The tape of a trace that a user brings.
@@ -188,17 +198,19 @@ class Service:
         check_text_within(plan.data, self.limits.folders)
         if plan.name in self.library.listed and not plan.resume:
             raise UserError(f"There is a model called {plan.name} already. Choose another name.")
-        for progress in self.conversions.run(self._resolved(plan)):
-            if progress.ended and not progress.failed:
-                self.library.listed.update(self.conversions.finished())
-            yield progress
+        with self.desk.request("conversion"), contextlib.closing(self.conversions.run(self._resolved(plan))) as run:
+            for progress in run:
+                if progress.ended and not progress.failed:
+                    self.library.listed.update(self.conversions.finished())
+                yield progress
 
     def estimate_conversion(self, plan: Plan) -> tuple[float, float, int]:
         """Seconds and bytes that it will take (estimated), and bytes that are free (measured)."""
         self._may_convert()
         self.library.check(plan.parent)
         check_text_within(plan.data, self.limits.folders)
-        return self.conversions.estimate(self._resolved(plan))
+        with self.desk.request("conversion estimate"):
+            return self.conversions.estimate(self._resolved(plan))
 
     def _may_convert(self) -> None:
         if not self.limits.convert:
@@ -217,7 +229,9 @@ class Service:
         return self.desk.metrics.text()
 
     def shut_down(self, patience: float) -> bool:
-        """Begin nothing new and wait for answers under way; whether all came to their end."""
+        """Begin nothing new, have a conversion under way leave a checkpoint, and wait for answers; whether all came to
+        their end."""
+        self.conversions.end()
         return self.desk.close(patience)
 
     def _gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:

@@ -35,6 +35,7 @@ class Lab:
         yield from self._measured(
             "sweep", user, model, parent,
             lambda loaded, dense, report: measuring.sweep_text(loaded, dense, text, grid, within, self.limits, report),
+            measuring.BLOCK,
         )
 
     def bench(
@@ -47,20 +48,23 @@ class Lab:
             lambda loaded, dense, report: measuring.bench_model(
                 loaded, dense, contexts, loads, new_tokens, rounds, stock, report
             ),
+            max(contexts, default=0) + new_tokens,
         )
 
     def _measured(
         self, kind: str, user: str, model: str, parent: str | None,
-        work: Callable[[Loaded, Loaded | None, Report], Any],
+        work: Callable[[Loaded, Loaded | None, Report], Any], tokens: int,
     ) -> Iterator[Update]:
-        """What work on a model and its dense parent, if there is one, reports, and its result.
+        """What work on a model and its dense parent, if there is one, reports, and its result. It keeps so many tokens
+        in a cache at a time.
 
         Whoever leaves gives the place back only when the work has noticed, at its next report.
         """
         with self.desk.request(kind), contextlib.ExitStack() as kept:
             yield from loading(self.library, model, parent)
-            yield from kept.enter_context(self.desk.place(user))
             loaded = kept.enter_context(self.library.lend(model))
+            need = loaded.cache_bytes(max(0, min(tokens, loaded.context)))
+            yield from kept.enter_context(self.desk.place(user, need))
             dense = kept.enter_context(self.library.lend(parent)) if parent else None
             box = in_thread(lambda report: work(loaded, dense, report))
             kept.push(once_ended(box, kept.pop_all()))
@@ -76,9 +80,11 @@ class Lab:
         anything = self.limits.free_models or listed is not None
         if listed is None and anything and real(source.strip()).exists():
             check_folder_within(source.strip(), self.limits.folders)
-        return measuring.estimate_config(
-            source.strip() if listed is None else str(listed), context, batch, load, dtype, layers, device, anything
-        )
+        with self.desk.request("estimate"):
+            return measuring.estimate_config(
+                source.strip() if listed is None else str(listed), context, batch, load, dtype, layers, device,
+                anything,
+            )
 
     def presets(self) -> list[str]:
         """Shapes that estimates know by name."""

@@ -210,17 +210,20 @@ class Library:
             return on_disk(shown, progress=job.fetched)
 
     @contextlib.contextmanager
-    def _about(self, key: str) -> Iterator[tuple[str, Options]]:
-        """Where the model is, and its options; what is wrong with it is a sentence that calls it what the user did."""
+    def _about(self, key: str, place: str = "") -> Iterator[tuple[str, Options]]:
+        """Where the model is, and its options; what is wrong with it is a sentence that calls it what the user did.
+        ``place``: the folder that it was fetched into.
+        """
         source, options = parse(key)
         shown = str(self.listed.get(source, source))
         try:
             yield shown, options
         except ValueError as error:  # LoadError and ConversionError are sentences too
-            raise UserError(str(error).replace(f"{Path(shown)}", source)) from error
+            said = str(error).replace(place, source) if place else str(error)
+            raise UserError(said.replace(f"{Path(shown)}", source)) from error
 
     def _load(self, key: str, place: str) -> Loaded:
-        with self._about(key) as (shown, options):
+        with self._about(key, place) as (shown, options):
             taken, free = _needs(place, options)
             if taken > free and self._let_go():
                 taken, free = _needs(place, options)

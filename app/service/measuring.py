@@ -17,13 +17,14 @@ from app.service.requests import Limits
 from modification.conversion.data import pack
 from modification.measure.bench import Result, bench, dense_twin
 from modification.measure.estimate import Estimate, config_of, devices, estimate, own_layers
+from modification.measure.memory import available_bytes
 from modification.measure.presets import presets
 from modification.measure.tradeoff import Point, largest_within, point
 
 LEAST_TOKENS, BLOCK = 32, 512
 _CARD = 50_000  # characters of a model card that are shown
 _REPORT = 5_000_000  # characters of a report that are read
-_CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
+_TAG, _UNSEEN = re.compile(r"<(?=[A-Za-z/!?])|!(?=\[)"), "\u200b"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Sweep:
         dense_speed: the same side's tokens per second of prefill.
         parent: what ``dense`` is the loss of.
         tokens: scored.
+        given: tokens of the whole text, of which the first were scored.
         within: share by which the loss may exceed ``dense``, and the point with the largest p that stays within.
     """
 
@@ -43,6 +45,7 @@ class Sweep:
     dense_speed: float
     parent: str
     tokens: int
+    given: int
     within: float
     best: Point | None
 
@@ -56,7 +59,7 @@ def sweep_text(
     Raises:
         UserError: a text too short or a grid out of bounds.
     """
-    blocks = _blocks(loaded, text, limits)
+    blocks, given = _blocks(loaded, text, limits)
     if len(grid) > limits.thresholds:
         raise UserError(f"{len(grid)} thresholds are too many: at most {limits.thresholds} are measured at once.")
     if not grid or not all(0 <= p <= 1 for p in grid):
@@ -64,19 +67,20 @@ def sweep_text(
     report(None)  # whoever left while this waited is noticed here
     name = f"{parent.name} (dense)" if parent else f"{loaded.name} at p = 0"
     with (parent or loaded).lock:
-        reference = point((parent or loaded).model, _blocks(parent, text, limits) if parent else blocks, 0.0)
+        reference = point((parent or loaded).model, _blocks(parent, text, limits)[0] if parent else blocks, 0.0)
     dense = reference.quality.loss
     points: list[Point] = []
     for p in grid:
         with loaded.lock:
             points.append(point(loaded.model, blocks, p))
         best = largest_within(points, dense, within)
-        found = Sweep(tuple(points), dense, reference.speed, name, int(blocks.size), within, best)
+        found = Sweep(tuple(points), dense, reference.speed, name, int(blocks.size), given, within, best)
         report(found)
     return found
 
 
-def _blocks(loaded: Loaded, text: str, limits: Limits) -> Any:
+def _blocks(loaded: Loaded, text: str, limits: Limits) -> tuple[Any, int]:
+    """A text in blocks as its model reads it, and its tokens, which may be more."""
     if not isinstance(text, str) or len(text) > limits.text_characters:  # before anything looks at it
         raise UserError(f"A sweep reads a text of at most {limits.text_characters:,} characters. Shorten it.")
     ids = list(loaded.tokenizer(text)["input_ids"])
@@ -84,7 +88,7 @@ def _blocks(loaded: Loaded, text: str, limits: Limits) -> Any:
         raise UserError(f"The text has {len(ids)} tokens; a sweep wants at least {LEAST_TOKENS}. Give more text.")
     count = -(-len(ids) // min(BLOCK, loaded.context))  # as few blocks as will do, alike, so that little is cut off
     width = len(ids) // count
-    return pack([ids], width, limits.text_tokens)
+    return pack([ids], width, limits.text_tokens), len(ids)
 
 
 def bench_model(
@@ -103,6 +107,12 @@ def bench_model(
         if len(values) > most:
             raise UserError(f"{len(values):,} {name} are too many here: at most {most}.")
     # A dense model is held with routers of its own, for the other tabs: stock generate must not meet them.
+    taken, free = sum(weight.nbytes for weight in (parent or loaded).model.parameters()), available_bytes()
+    if taken > free:
+        raise UserError(
+            f"A benchmark copies the dense model, {taken / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Try on the "
+            "command line: python -m modification bench"
+        )
     dense = dense_twin((parent or loaded).model)
 
     def tell(done: str) -> None:
@@ -195,8 +205,8 @@ def card_of(folder: str) -> str:
 
 
 def _plain(card: str) -> str:
-    """Markdown without HTML and pictures: a stranger's card must not make a visitor's browser fetch anything."""
-    parts = _CODE.split(card)  # code at odd places
-    return "".join(
-        part if at % 2 else part.replace("<", "&lt;").replace("![", "[") for at, part in enumerate(parts)
-    )
+    """Markdown without HTML and pictures: a stranger's card must not make a visitor's browser fetch anything.
+
+    In code too: what is code, and what only looks like it, is the browser's to say.
+    """
+    return _TAG.sub(lambda found: found.group() + _UNSEEN, card)

@@ -31,10 +31,14 @@ def check_folder_within(path: str | Path, folders: Sequence[Path]) -> None:
     """
     if not folders:
         return
-    place = real(path)
-    inside = list(place.rglob("*")) if _within(place, folders) and place.is_dir() else []
-    if not _within(place, folders) or not all(_within(real(one), folders) for one in inside):
-        raise UserError(f"{path} is not among the folders that this app opens models from.")
+    left, seen = [real(path)], set[Path]()
+    while left:
+        place = left.pop()
+        if not _within(place, folders):
+            raise UserError(f"{path} is not among the folders that this app opens models from.")
+        if place.is_dir() and place not in seen:  # links to folders are gone into, and may lead round
+            seen.add(place)
+            left += [real(one) for one in place.iterdir()]
 
 
 def check_text_within(path: str | Path, folders: Sequence[Path]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from app.errors import UserError
 
+_CHARACTERS = 6  # of a token, as texts go
 ALTERNATIVES = 5  # likeliest tokens that are noted at every choice
 
 
@@ -21,12 +22,12 @@ class Limits:
         waiting: requests that may wait for a place.
         each: requests of one user, at work or waiting.
         cache_bytes: keys and values of all sessions together; 0: a quarter of the memory that is free at the start.
-        prompt_characters: longest prompt.
+        prompt_characters: longest prompt; six for each of ``prompt_tokens``, where that is more.
         prompt_tokens: longest prompt, once it is split into tokens.
         new_tokens: longest continuation.
         models: models held in memory.
         idle: seconds after which a model that nobody uses is unloaded.
-        chats: conversations whose caches are kept; the least recent goes first.
+        chats: conversations whose caches are kept between messages; the least recent ones are emptied first.
         text_characters, text_tokens: longest text of a sweep, before and after it is split into tokens.
         thresholds: most of a sweep.
         file_bytes: largest file that can be uploaded.
@@ -62,10 +63,8 @@ class Limits:
         """The prompt without blanks at its ends; UserError if it is empty or overlong."""
         if not isinstance(prompt, str) or not prompt:
             raise UserError("The prompt is empty. Type something, or pick an example.")
-        if len(prompt) > self.prompt_characters:  # before anything looks at it
-            raise UserError(
-                f"The prompt has {len(prompt):,} characters; at most {self.prompt_characters:,} are read. Shorten it."
-            )
+        if len(prompt) > (most := max(self.prompt_characters, _CHARACTERS * self.prompt_tokens)):  # before anything
+            raise UserError(f"The prompt has {len(prompt):,} characters; at most {most:,} are read. Shorten it.")
         try:
             prompt.encode()
         except UnicodeEncodeError:

@@ -7,6 +7,7 @@ process: chats, sweeps and benchmarks run there.
 
 from __future__ import annotations
 
+import contextvars
 import mmap
 import os
 import threading
@@ -22,6 +23,7 @@ from app.service.dials import Dial
 from app.service.jobs import Mailbox
 from app.service.requests import ALTERNATIVES, Request
 from modification import Step
+from modification.errors import first_line
 from modification.generate import generate
 
 if TYPE_CHECKING:
@@ -60,7 +62,9 @@ class Zero:
     def run(self, loaded: Loaded, ids: list[int], dial: Dial, budget: int, request: Request) -> Mailbox:
         """Like ``Crew.run``: where steps and their seconds come in. ``dial`` moves what the fork reads."""
         box = Mailbox()
-        threading.Thread(target=self._go, args=(box, loaded.name, ids, dial, budget, request), daemon=True).start()
+        told = contextvars.copy_context()  # whose request it is: `spaces` looks there for the visitor's share of GPUs
+        arguments = (self._go, box, loaded.name, ids, dial, budget, request)
+        threading.Thread(target=told.run, args=arguments, daemon=True).start()
         return box
 
     def _go(self, box: Mailbox, name: str, ids: list[int], dial: Dial, budget: int, request: Request) -> None:
@@ -80,7 +84,9 @@ class Zero:
                     box.put(found)
             box.finish()
         except BaseException as error:  # whoever reads must hear of it
-            box.fail(error)
+            # What `spaces` has to say (no GPU left for this visitor, one held for too long) is a sentence of Gradio's.
+            said = getattr(error, "message", None) if type(error).__module__.startswith("gradio") else None
+            box.fail(UserError(first_line(ValueError(said))) if isinstance(said, str) and said else error)
         finally:
             with self._table:
                 self._free.append(slot)

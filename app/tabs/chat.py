@@ -10,7 +10,7 @@ import gradio as gr
 
 from app.errors import UserError
 from app.service import Request, Service
-from app.tabs.shared import guarded, sentences, status, waiting
+from app.tabs.shared import answered, guarded, sentences, status, waiting
 from app.views import view
 
 OPENING = "Both get the same messages and the same seed. The left model runs every layer, the right one routes at p."
@@ -95,7 +95,7 @@ def dense_side(service: Service, model: str, chosen: str | None) -> str:
 
 
 def _answer(service: Service, again: bool) -> Any:
-    @guarded(lambda line: (gr.skip(), line, gr.skip()))
+    @guarded(_failed)
     def answer(
         message: str, p: float, model: str | None, parent: str | None, blind: bool, new_tokens: int,
         temperature: float, seed: int | None, request: gr.Request,
@@ -123,7 +123,12 @@ def _answer(service: Service, again: bool) -> Any:
     return answer
 
 
+def _failed(line: str) -> tuple[Any, str, Any]:
+    return gr.skip(), line, gr.skip()
+
+
 def _stopped(service: Service) -> Any:
+    @answered(_failed)
     def stopped(request: gr.Request) -> tuple[str, str, Any]:
         return service.talks.tape(str(request.session_hash)), status("Stopped."), gr.skip()
 
@@ -133,6 +138,7 @@ def _stopped(service: Service) -> Any:
 def _take_back(service: Service, keep: bool) -> Any:
     """Undo the last turn; ``keep`` puts its message back into the box."""
 
+    @answered(_failed)
     def take_back(request: gr.Request) -> tuple[Any, str, Any]:
         session = str(request.session_hash)
         turns = service.talks.turns(session)
@@ -147,6 +153,7 @@ def _take_back(service: Service, keep: bool) -> Any:
 
 
 def _clear(service: Service) -> Any:
+    @answered(_failed)
     def clear(request: gr.Request) -> tuple[str, str, str]:
         service.close(str(request.session_hash))
         return "", status("A new conversation."), ""

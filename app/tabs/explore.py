@@ -182,10 +182,14 @@ def _generate(service: Service) -> Any:
 
 def _read_trace(service: Service) -> Any:
     @guarded(lambda line: (gr.skip(), line, gr.skip(), gr.skip()))
-    def read(data: bytes) -> Iterator[tuple[Any, ...]]:
-        tape = service.read_trace(data)
-        line = status("A trace that was loaded from a file.")
-        yield Window.whole(tape), line, shown(load_per_layer(tape)), NO_CODE
+    def read(data: bytes, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        with contextlib.closing(service.trace(str(request.session_hash), data)) as updates:
+            for update in updates:
+                if update.tape is None:
+                    yield gr.skip(), waiting(update, ""), gr.skip(), gr.skip()
+                    continue
+                line = status("A trace that was loaded from a file.")
+                yield Window.whole(update.tape), line, shown(load_per_layer(update.tape)), NO_CODE
 
     return read
 

@@ -84,6 +84,22 @@ def sentences(what: str) -> Iterator[None]:
         raise gr.Error(told(error, what), print_exception=False) from error
 
 
+def answered(failed: Callable[[str], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The same as ``guarded`` for handlers that answer once."""
+
+    def around(handler: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(handler)
+        def safe(*arguments: Any) -> Any:
+            try:
+                return handler(*arguments)
+            except Exception as error:
+                return failed(status(told(error, handler.__name__), error=True))
+
+        return safe
+
+    return around
+
+
 def guarded(failed: Callable[[str], Any]) -> Callable[[Callable[..., Iterator[Any]]], Callable[..., Iterator[Any]]]:
     """A decorator for generator handlers: whatever happens, the page gets ``failed(sentence)``."""
 

@@ -107,7 +107,8 @@ def _sweep(service: Service) -> Any:
                     yield line, plot, figures, gr.skip(), gr.skip(), gr.skip(), offer
         if found is not None:
             best = None if found.best is None else found.best.quality.p
-            done = status(f"Done: {found.tokens:,} tokens, {len(found.points)} thresholds.")
+            cut = f" (the first of {found.given:,})" if found.given > service.limits.text_tokens else ""
+            done = status(f"Done: {found.tokens:,} tokens{cut}, {len(found.points)} thresholds.")
             yield done, gr.skip(), gr.skip(), best_sentence(found), best, gr.update(visible=best is not None), gr.skip()
 
     return sweep

@@ -52,23 +52,23 @@ class Fast(Executor):
         columns = torch.arange(past, past + len(ids), device=ids.device)
         x = self.base.embed_tokens(ids)
         rotation = self._rotation(x, columns)
-        scores, routed = list[Tensor](), list[Tensor]()
+        # Made before the layers run: what outlives a layer would lie amid its activations, and keep malloc from using
+        # their room for the next layer's.
+        scores = torch.empty(len(self.routers), len(ids), dtype=torch.float32, device=ids.device)
+        routed = torch.empty(scores.shape, dtype=torch.bool, device=ids.device)
+        at = 0
         for index, block in enumerate(self.blocks):
             chosen = None
             if block.router is not None:
-                gate = self._score(x, slice(len(scores), len(scores) + 1))[:, 0]
-                run = (gate >= threshold_at(p, len(scores))) | (columns < self.anchors)
-                scores.append(gate)
-                routed.append(run)
-                chosen = run.nonzero().squeeze(1)
+                scores[at] = self._score(x, slice(at, at + 1))[:, 0]
+                routed[at] = (scores[at] >= threshold_at(p, at)) | (columns < self.anchors)
+                chosen, at = routed[at].nonzero().squeeze(1), at + 1
                 if len(chosen) == len(ids):
                     chosen = None
             x = self._layer(block, x, chosen, columns, rotation, cache.layers[index])
         cache.advance_all(len(ids))
-        logits = self._head(x[-1:]) if last else x[:0]
-        if not scores:
-            return Pass(logits, np.empty((0, len(ids)), np.float32), np.empty((0, len(ids)), bool))
-        return Pass(logits, torch.stack(scores).cpu().numpy(), torch.stack(routed).cpu().numpy())
+        logits = self._head(x[-1:]) if last else x.new_empty(0)  # no view: it would keep the whole of x
+        return Pass(logits, scores.cpu().numpy(), routed.cpu().numpy())
 
     def _layer(
         self, block: Block, x: Tensor, chosen: Tensor | None, columns: Tensor, rotation: Rotation, store: Any

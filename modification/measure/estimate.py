@@ -19,10 +19,13 @@ from modification.architectures import PREFIX
 from modification.config import LayerRule, MoDConfig
 from modification.errors import first_line
 from modification.executor.base import CHUNK
+from modification.integrity import check_config, read_config
 from modification.loading import HUB_ID
 from modification.measure.cost import ModelShape, layer_flops
 from modification.measure.presets import preset
 from modification.storage import SPARE
+
+MOST_LAYERS = 2048  # of a model on paper, which is built layer by layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,11 @@ def own_layers(config: Any) -> Any:
 
 
 def _read(source: str) -> Any:
+    path = Path(source).expanduser()
+    path = path / "config.json" if path.is_dir() else path
     try:
+        if path.is_file():
+            check_config(path, read_config(path))
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a missing or damaged config makes the readers raise
         raise ValueError(f"{source} has no config that can be read: {first_line(error)}") from error
@@ -147,6 +154,8 @@ def estimate(
         raise ValueError(f"context={context}, batch={batch}: both must be 1 or more")
     if not 0 <= load <= 1:
         raise ValueError(f"load={load}: must be a number from 0 to 1")
+    if not 0 < config.num_hidden_layers <= MOST_LAYERS:
+        raise ValueError(f"{config.num_hidden_layers} layers: models of 1 to {MOST_LAYERS:,} are estimated")
     mod_layers = MoDConfig(layers=layers).layer_indices(config.num_hidden_layers)
     parent = _on_paper(config)
     weights = sum(p.numel() for p in parent.parameters())

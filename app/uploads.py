@@ -1,0 +1,48 @@
+"""Room for uploads: what lies in Gradio's folder, and what requests under way may still bring. No gradio page."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+_BLOCK = 8192  # bytes on disk that the smallest file takes, its folder included
+_PART = 100  # bytes of a request that the smallest file takes
+_PARTS = 1000  # files in a request at most: Gradio's own bound
+_FRESH = 60.0  # seconds in which a folder may still get its file
+
+
+class Uploads:
+    """Lets uploads in as far as there is room.
+
+    Args:
+        folder: where they lie until they are deleted.
+        most: bytes on disk, of all together.
+    """
+
+    def __init__(self, folder: Path, most: int) -> None:
+        self.folder, self.most, self._promised = folder, most, 0
+
+    @contextlib.asynccontextmanager
+    async def room(self, told: int) -> AsyncIterator[bool]:
+        """Whether a request of so many bytes may bring files; while it does, they count as promised."""
+        promised = max(told, _BLOCK * min(_PARTS, told // _PART))
+        self._promised += promised  # before anybody else is asked
+        try:
+            yield await asyncio.to_thread(self.kept) + self._promised <= self.most
+        finally:
+            self._promised -= promised
+
+    def kept(self) -> int:
+        """Bytes on disk of the files that lie here. Folders that were left empty are removed."""
+        total = 0
+        for path in sorted(self.folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+            with contextlib.suppress(OSError):  # deleted meanwhile, or a folder that isn't empty
+                found = path.lstat()
+                if not path.is_dir():
+                    total += max(found.st_size, _BLOCK)
+                elif time.time() - found.st_mtime > _FRESH:
+                    path.rmdir()
+        return total
