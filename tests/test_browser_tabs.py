@@ -352,10 +352,15 @@ def test_axe_finds_nothing_serious_on_any_tab(browser, url, theme):
 
 @pytest.mark.parametrize("name", TABS)
 def test_no_tab_scrolls_sideways_on_a_phone(browser, url, name):
-    """390 px wide."""
+    """390 px wide; a figure that is wider scrolls in its own box."""
     with visitor(browser, url, viewport={"width": 390, "height": 844}) as page:
         on_a_phone(page, name)
+        drawn(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        for plot in page.locator(".js-plotly-plot:visible").all():
+            hidden = plot.evaluate("""plot => [plot.parentElement].filter(box => box.scrollWidth > box.clientWidth + 1
+                && !['auto', 'scroll'].includes(getComputedStyle(box).overflowX)).length""")
+            assert not hidden
 
 
 def test_two_visitors_with_two_dials_do_not_meet(browser, url):
