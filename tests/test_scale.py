@@ -91,6 +91,35 @@ def test_two_processes_are_one(work, whole):
     assert_same_weights(out, whole)
 
 
+VARIANTS = {
+    "accumulated": ["--accumulate", "2"], "lora": ["--tune", "lora"], "mixed": ["--reweight", "--shares", "0.7,0.3"],
+    "responses": ["--responses"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_are_one_however_it_is_trained(variant, work):
+    """Gradients of several passes, a low-rank change; rows that are weighted as it goes, or have little to learn."""
+    more, told = VARIANTS[variant], work / f"{variant}.jsonl"
+    if variant == "lora":
+        pytest.importorskip("peft")
+    rows = [{"prompt": "ijkl" * (at % 30), "response": "mnop" * (30 - at % 30)} for at in range(60)]
+    told.write_text("\n".join(map(json.dumps, rows)))
+    one, two = work / f"one-{variant}", work / f"two-{variant}"
+    for out, launched in ((one, [sys.executable]), (two, processes(2))):
+        words = [*launched, *command(work, out, *more)]
+        if variant == "mixed":
+            words += ["--data", str(told)]
+        if variant == "responses":
+            words[words.index("--data") + 1] = str(told)
+        finish(words)
+    assert json.loads((two / "report.json").read_text())["distributed"] == "MULTI_CPU"
+    for ours, theirs in zip(log_of(two), log_of(one), strict=True):
+        for name in ("loss", "load", "layer_loads", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    assert_same_weights(two, one)
+
+
 def test_sharded_processes_are_one(tmp_path, gradients):
     """Under FSDP2 (gloo): each holds a part of the weights, and losses and weights are those of one process."""
     finish([*processes(2), "tests/sharded_step.py", str(tmp_path / "found.pt")])

@@ -73,18 +73,24 @@ def next_token_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = Non
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Learnt:
-    """Where a batch has a next token to learn: places in its flattened tokens, tokens and weights, [N] each."""
+    """Where a batch has a next token to learn: places in its flattened tokens, tokens and weights, [N] each.
+
+    Attributes:
+        total: what sums are divided by: the weights' own sum, or what that comes to on average where several processes
+            have a part of the batch each.
+    """
 
     places: Tensor
     wanted: Tensor
     weights: Tensor
+    total: Tensor
 
     @classmethod
     def of(cls, labels: Tensor, weights: Tensor | None = None) -> Learnt:
         """Of labels [B, T], -100 where there is nothing to learn, and weights of the rows, [B]."""
         rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
         each = torch.ones(len(rows), device=labels.device) if weights is None else weights.float()[rows]
-        return cls(rows * labels.shape[1] + columns, labels[rows, columns + 1], each)
+        return cls(rows * labels.shape[1] + columns, labels[rows, columns + 1], each, each.sum())
 
     def pick(self, logits: Tensor) -> Tensor:
         """[B, T, V] -> [N, V]."""
@@ -92,7 +98,7 @@ class Learnt:
 
     def mean(self, values: Tensor) -> Tensor:
         """[N] -> the weighted mean; 0 where nothing is to be learnt."""
-        return (values * self.weights).sum() / self.weights.sum().clamp_min(1e-6)
+        return (values * self.weights).sum() / self.total.clamp_min(1e-6)
 
 
 def surprise(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import signal
@@ -199,6 +200,8 @@ class ConversionTrainer(Trainer):
         self, logits: Tensor, taught: Any, hidden: Any, labels: Tensor, weights: Tensor | None
     ) -> dict[str, Tensor]:
         learnt = objectives.Learnt.of(labels, weights)
+        # Processes' losses are averaged, whatever each has to learn.
+        learnt = dataclasses.replace(learnt, total=self.accelerator.reduce(learnt.total, "mean"))
         student = learnt.pick(logits)
         if taught is not None and self.recipe.kl:
             nats, over = self._both(student, learnt.pick(taught.logits), learnt.wanted)
