@@ -10,6 +10,7 @@ import contextlib
 import fnmatch
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Generator
@@ -77,6 +78,7 @@ def _download(
     repository: str, revision: str | None, commit: str | None, files: dict[str, int], progress: Progress
 ) -> str:
     total, whole, place = sum(files.values()), 0, ""
+    _check_room(repository, total)
     progress(0, total)
     # The config first, by the revision's own name: the cache then knows which commit that is. Weights last.
     names = sorted(files, key=lambda name: (name != "config.json", name.endswith(".safetensors"), name))
@@ -94,6 +96,23 @@ def _download(
     if at < len(names):
         raise _broken_off(repository, names[at], "the process that fetched it ended")
     return str(Path(place).parent.parent if "/" in names[-1] else Path(place).parent)
+
+
+def _check_room(repository: str, total: int) -> None:
+    """The disk holds what is still to come: what is in the cache of this model already is not fetched again.
+
+    Raises:
+        HubError: it does not.
+    """
+    cache = Path(constants.HF_HUB_CACHE)
+    kept = cache / f"models--{repository.replace('/', '--')}" / "blobs"
+    here = sum(path.stat().st_size for path in kept.glob("*")) if kept.is_dir() else 0
+    disk = next(path for path in (cache, *cache.absolute().parents) if path.is_dir())
+    if total - here > (free := shutil.disk_usage(disk).free):
+        raise HubError(
+            f"{repository} takes {total / 1e6:,.1f} MB on the disk, and {free / 1e6:,.1f} MB are free for the "
+            "Hub's cache (HF_HOME)"
+        )
 
 
 def _told(asked: dict[str, Any]) -> Generator[dict[str, Any], None, None]:

@@ -107,6 +107,24 @@ def test_a_hub_that_is_away_is_a_sentence(child):
     assert all(line.endswith("not among the models kept on this machine") for line in said)
 
 
+def test_a_model_that_the_disk_can_not_hold_is_refused_before_it_is_fetched(child, hub):
+    """But for what is here already: then nothing more is needed."""
+    said = child("""
+        import shutil
+        from types import SimpleNamespace
+        real = shutil.disk_usage
+        shutil.disk_usage = lambda path: SimpleNamespace(free=1000)
+        refused()
+        shutil.disk_usage = real
+        refused()
+        shutil.disk_usage = lambda path: SimpleNamespace(free=1000)
+        refused()
+    """)
+    assert "on the disk, and 0.0 MB are free for the Hub" in said[0]
+    assert said[1:] == ["LOADED", "LOADED"]
+    assert sum("safetensors" in path and method == "GET" for method, path, _ in hub.seen) == 1
+
+
 def test_a_download_that_breaks_off_goes_on(child, hub):
     """The rest is asked for, and not the whole again."""
     assert child('mode("cut")\nrefused()') == ["LOADED"]
