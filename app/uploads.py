@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 _BLOCK = 8192  # bytes on disk that the smallest file takes, its folder included
 _PART = 100  # bytes of a request that the smallest file takes
 _PARTS = 1000  # files in a request at most: Gradio's own bound
-_FRESH = 60.0  # seconds in which a folder may still get its file
+_FRESH, _OLD = 60.0, 4500.0  # seconds in which a folder may still get its file, and after which no upload is wanted
+_OWN = re.compile(r"[0-9a-f]{32,}|tmp\w*")  # how Gradio names what it puts into its folder
 
 
 class Uploads:
@@ -36,13 +38,20 @@ class Uploads:
             self._promised -= promised
 
     def kept(self) -> int:
-        """Bytes on disk of the files that lie here. Folders that were left empty are removed."""
+        """Bytes on disk of the files that lie here.
+
+        What Gradio forgets goes: files of uploads that broke off, once they are old, and folders that were left empty.
+        """
         total = 0
         for path in sorted(self.folder.rglob("*"), reverse=True):  # what is in a folder before the folder
             with contextlib.suppress(OSError):  # deleted meanwhile, or a folder that isn't empty
-                found = path.lstat()
-                if not path.is_dir():
+                found, gradios = path.lstat(), _OWN.fullmatch(path.relative_to(self.folder).parts[0]) is not None
+                age = time.time() - found.st_mtime
+                if path.is_dir() and not path.is_symlink():
+                    if gradios and age > _FRESH:
+                        path.rmdir()
+                elif gradios and age > _OLD:
+                    path.unlink()
+                else:
                     total += max(found.st_size, _BLOCK)
-                elif time.time() - found.st_mtime > _FRESH:
-                    path.rmdir()
         return total

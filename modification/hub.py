@@ -106,7 +106,10 @@ def _check_room(repository: str, total: int) -> None:
     """
     cache = Path(constants.HF_HUB_CACHE)
     kept = cache / f"models--{repository.replace('/', '--')}" / "blobs"
-    here = sum(path.stat().st_size for path in kept.glob("*")) if kept.is_dir() else 0
+    here = 0
+    for path in kept.glob("*"):
+        with contextlib.suppress(OSError):  # just finished, under another name
+            here += path.stat().st_size
     disk = next(path for path in (cache, *cache.absolute().parents) if path.is_dir())
     if total - here > (free := shutil.disk_usage(disk).free):
         raise HubError(

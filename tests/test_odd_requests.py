@@ -371,14 +371,17 @@ def test_uploads_under_way_count_and_many_small_files_do(tmp_path):
 
 
 def test_folders_that_uploads_left_empty_go(tmp_path):
-    """Once they are not fresh; a folder with a file stays."""
-    for name in ("old", "new", "full"):
+    """Once they are not fresh; so do files of uploads that broke off. What has a file stays, and what others made."""
+    old, new, full, others = ("a" * 64, "b" * 64, "c" * 64, "others")
+    for name in (old, new, full, others):
         (tmp_path / name).mkdir()
-    (tmp_path / "full" / "a").write_text("x")
-    for name in ("old", "full"):
+    (tmp_path / full / "a").write_text("x")
+    (tmp_path / "tmp1234").write_text("broken off")
+    (tmp_path / "kept").write_text("not Gradio's")
+    for name in (old, full, others, "tmp1234", "kept"):
         os.utime(tmp_path / name, (1, 1))
-    assert Uploads(tmp_path, 0).kept() == 8192
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "new"]
+    assert Uploads(tmp_path, 0).kept() == 2 * 8192
+    assert {path.name for path in tmp_path.iterdir()} == {new, full, others, "kept"}
 
 
 def test_no_link_of_gradios_writes_a_page_to_the_disk(address):

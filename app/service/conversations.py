@@ -179,8 +179,10 @@ class Conversations:
         if old is not None and old is not conversation:
             old.close()
         warm = [one for one in others if one.allocated()]
-        for one in warm[: max(0, len(warm) + 1 - self.limits.chats)]:
-            one.empty()
+        spare = len(warm) + 1 - self.limits.chats
+        for one in warm:
+            if spare > 0 and one.empty():  # not those in use
+                spare -= 1
 
     def held(self) -> int:
         """Bytes of the caches of conversations whose request has no place, or that have none."""

@@ -101,6 +101,7 @@ class Conversions:
     folder: Path
     _busy: threading.Lock = field(default_factory=threading.Lock)
     _process: subprocess.Popen[bytes] | None = None
+    _over: threading.Event = field(default_factory=threading.Event)
 
     def finished(self) -> dict[str, Path]:
         """Converted models in the folder, by name."""
@@ -116,9 +117,10 @@ class Conversions:
         return found
 
     def end(self) -> None:
-        """Have the one under way, if there is one, write a checkpoint and end."""
-        if self._process is not None:
-            self._process.terminate()
+        """Begin none any more, and have the one under way, if there is one, write a checkpoint and end."""
+        self._over.set()
+        if (process := self._process) is not None:
+            process.terminate()
 
     def estimate(self, plan: Plan) -> tuple[float, float, int]:
         """Seconds and bytes that a conversion will take, and bytes that are free.
@@ -142,7 +144,7 @@ class Conversions:
             raise UserError(str(error)) from error
         if isinstance(model, MoDModel):
             raise UserError(f"{plan.parent} is a MoD model already: choose its dense parent.")
-        taken, free = self._memory(plan, model), available_bytes()
+        taken = self._memory(plan, model)
         if taken > free:
             raise UserError(
                 f"{plan.batch} rows of {plan.block:,} tokens take {taken / 1e9:.1f} GB in training (estimated) and "
@@ -202,6 +204,9 @@ class Conversions:
         plan = dataclasses.replace(plan, data=str(real(plan.data)), parent=_placed(plan.parent))
         if not self._busy.acquire(timeout=_PATIENCE):  # one that was cancelled may be about to end
             raise UserError("Another conversion is going on here, and one at a time is all that fits. Try later.")
+        if self._over.is_set():
+            self._busy.release()
+            raise UserError("The app is shutting down: no conversion is begun.")
         output, began = real(self.folder) / f"{plan.name}.out", time.monotonic()
         try:
             last = last_checkpoint(out / "checkpoints")

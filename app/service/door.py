@@ -75,9 +75,9 @@ class Service:
     def source_of(self, name: str) -> str:
         """How Python loads the model of that name: the arguments of ``modification.load``."""
         source, options = parse(name)
-        place = self.library.listed.get(source, source)
+        place = Path(self.library.listed.get(source, source))
         # On a shared app its folders are nobody's business.
-        chosen = [repr(str(place) if self.limits.free_models or isinstance(place, str) else place.name)]
+        chosen = [repr(str(place) if self.limits.free_models or not place.is_dir() else place.name)]
         chosen += [f"dtype={DTYPES[options.dtype]!s}"] if options.dtype else []
         chosen += [f"quantization={options.quantization!r}"] if options.quantization else []
         chosen += [f"device_map={{'': {options.device!r}}}"] if options.device else []

@@ -107,7 +107,8 @@ def bench_model(
         if len(values) > most:
             raise UserError(f"{len(values):,} {name} are too many here: at most {most}.")
     # A dense model is held with routers of its own, for the other tabs: stock generate must not meet them.
-    taken, free = sum(weight.nbytes for weight in (parent or loaded).model.parameters()), available_bytes()
+    taken = sum(weight.nbytes for weight in (parent or loaded).model.parameters())
+    free = available_bytes(loaded.model.device.type)
     if taken > free:
         raise UserError(
             f"A benchmark copies the dense model, {taken / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Try on the "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +40,8 @@ def check_folder_within(path: str | Path, folders: Sequence[Path]) -> None:
             raise UserError(f"{path} is not among the folders that this app opens models from.")
         if place.is_dir() and place not in seen:  # links to folders are gone into, and may lead round
             seen.add(place)
-            left += [real(one) for one in place.iterdir()]
+            with contextlib.suppress(OSError):  # what can't be looked into can't be read either
+                left += [real(one) for one in place.iterdir()]
 
 
 def check_text_within(path: str | Path, folders: Sequence[Path]) -> None:
@@ -47,7 +50,7 @@ def check_text_within(path: str | Path, folders: Sequence[Path]) -> None:
     Raises:
         UserError: it does not.
     """
-    uploads = Path(tempfile.gettempdir()).resolve() / "gradio"
+    uploads = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio").resolve()
     if folders and not _within(real(path), (*folders, uploads)):
         raise UserError(f"{path} is not among the folders that this app reads from: upload the text instead.")
 
