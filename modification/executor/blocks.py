@@ -6,7 +6,6 @@ are. Shapes: N tokens, W width, H query heads, G key heads, D head width, K stor
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,14 +20,7 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin, [N, D]
 
 
 class Block:
-    """One layer; plain functions of its modules.
-
-    Attributes:
-        direct: its projections are plain float32 ones on a CPU and its MLP is SiLU's: products go through oneDNN, which
-            uses what any processor has, where torch's own choice (MKL) takes the slow way on those of some makers.
-    """
-
-    direct = False
+    """One layer; plain functions of its modules."""
 
     def __init__(self, layer: Any, head: int, router: Any, window: int | None) -> None:
         self.attention, self.mlp = layer.self_attn, layer.mlp
@@ -40,41 +32,17 @@ class Block:
         """x [N, W] -> queries [H, N, D], keys and values [G, N, D], with RoPE."""
         normed = self.norm(x)
         shape = (len(x), -1, self.head)
-        q, k, v = (
-            self._linear(part, normed).view(shape)
-            for part in (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
-        )
+        q, k = self.attention.q_proj(normed).view(shape), self.attention.k_proj(normed).view(shape)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        v = self.attention.v_proj(normed).view(shape)
         return rotate(q.transpose(0, 1), *rotation), rotate(k.transpose(0, 1), *rotation), v.transpose(0, 1)
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Output projection and MLP on attention's result [N, H * D], with both residuals."""
-        h = x + self._linear(self.attention.o_proj, mixed)
-        return h + self._mlp(self.mlp_norm(h))
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        mlp = self.mlp
-        if not self.direct:
-            out: Tensor = mlp(x)
-            return out
-        return self._linear(mlp.down_proj, F.silu(self._linear(mlp.gate_proj, x)).mul_(self._linear(mlp.up_proj, x)))
-
-    def _linear(self, part: Any, x: Tensor) -> Tensor:
-        out: Tensor = _onednn(x, part.weight, part.bias, "none", [], "") if self.direct else part(x)
+        h = x + self.attention.o_proj(mixed)
+        out: Tensor = h + self.mlp(self.mlp_norm(h))
         return out
-
-
-def _onednn(*arguments: Any) -> Any:
-    return torch.ops.mkldnn._linear_pointwise(*arguments)
-
-
-def has_onednn() -> bool:
-    """Whether this torch has the product that ``Block.direct`` takes, and may count on the threads that it asks for:
-    where OpenMP gives fewer, oneDNN leaves a part of the work undone."""
-    if os.environ.get("OMP_THREAD_LIMIT") or os.environ.get("OMP_DYNAMIC", "").lower() in ("true", "1"):
-        return False
-    return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def blocks_of(model: Any, routed: bool = True) -> list[Block]:

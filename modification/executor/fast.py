@@ -18,7 +18,7 @@ from torch import Tensor
 from modification.cache import RaggedCache
 from modification.config import Threshold, threshold_at
 from modification.executor.base import Executor, Pass
-from modification.executor.blocks import Block, Rotation, attend, has_onednn, stacked_routers
+from modification.executor.blocks import Block, Rotation, attend, stacked_routers
 from modification.executor.native import NativeDecoder
 from modification.routing import OPEN, bend
 
@@ -41,8 +41,6 @@ class Fast(Executor):
         self.model, self.blocks, self.native, self.note = model, blocks, native, note
         self.base, self.anchors = model.model, model.mod_config.anchors
         self.rounded = (model.device.type, model.dtype) == ("cpu", torch.bfloat16)
-        for block in blocks:  # the kernels are there only where projections are plain and MLPs are SiLU's
-            block.direct = native is not None and model.dtype == torch.float32 and has_onednn()
         self.routers, self.biases = stacked_routers(blocks, model.config.hidden_size)
         dial = model.mod_config.dial
         self.dial = torch.tensor(dial, dtype=torch.float32, device=model.device) if dial else None
