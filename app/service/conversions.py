@@ -215,6 +215,8 @@ class Conversions:
                 drop_redone(out / "log.jsonl", int(last.rpartition("-")[2]) if last else 0)
             fresh = len(read_log(out / "log.jsonl"))
             process = self._process = self._start(plan, out, output)
+            if self._over.is_set():  # since it was looked at: whoever set it may have seen no process yet
+                process.terminate()
         except BaseException:
             self._busy.release()
             raise

@@ -23,7 +23,6 @@ from app.service.dials import Dial
 from app.service.jobs import Mailbox
 from app.service.requests import ALTERNATIVES, Request
 from modification import Step
-from modification.errors import first_line
 from modification.generate import generate
 
 if TYPE_CHECKING:
@@ -85,8 +84,8 @@ class Zero:
             box.finish()
         except BaseException as error:  # whoever reads must hear of it
             # What `spaces` has to say (no GPU left for this visitor, one held for too long) is a sentence of Gradio's.
-            said = getattr(error, "message", None) if type(error).__module__.startswith("gradio") else None
-            box.fail(UserError(first_line(ValueError(said))) if isinstance(said, str) and said else error)
+            said = getattr(error, "message", "") if type(error).__module__.startswith("gradio") else ""
+            box.fail(UserError(str(said)) if said else error)
         finally:
             with self._table:
                 self._free.append(slot)

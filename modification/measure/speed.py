@@ -155,16 +155,16 @@ def time_stock(parent: Any, work: Work, compiled: bool = False) -> Timing:
         compile_config = CompileConfig()
         compile_config._compile_all_devices = True  # on its own, generate compiles on accelerators alone
         options = {"cache_implementation": "static", "compile_config": compile_config}
+    real = [torch.ones_like(ids) for ids in work.prompts]
+    prompts, mask = (pad_sequence(rows, batch_first=True, padding_side="left") for rows in (list(work.prompts), real))
     clock, steps = _Clock(parent.device), work.follow.shape[1]
     ends, parent.generation_config.eos_token_id = parent.generation_config.eos_token_id, None
     try:
         with Peak(parent.device) as peak:
             start = _now(parent.device)
             parent.generate(
-                pad_sequence(list(work.prompts), batch_first=True, padding_side="left"),
-                attention_mask=pad_sequence([torch.ones_like(ids) for ids in work.prompts], batch_first=True,
-                                            padding_side="left"),
-                max_new_tokens=steps + 1, do_sample=False, **options, stopping_criteria=StoppingCriteriaList([clock]),
+                prompts, attention_mask=mask, max_new_tokens=steps + 1, do_sample=False, **options,
+                stopping_criteria=StoppingCriteriaList([clock]),
             )
     finally:
         parent.generation_config.eos_token_id = ends
