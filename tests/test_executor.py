@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from modification import MoDConfig, RaggedCache, generate, generate_batch, load
 from modification.executor import Stock, base, blocks, executor_of, native
+from modification.executor import fast as executing
 from modification.executor.blocks import blocks_of
 from modification.executor.choose import choose, fast_executor
 from modification.executor.fast import Fast
@@ -206,6 +207,28 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(variant, size, monkeypatch):
     whole = run(executor, model, ids[0], 30, p)
     monkeypatch.setattr(base, "CHUNK", size)
     same(run(executor, model, ids[0], 30, p), whole)
+
+
+@every_family
+@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_in_pieces_is_the_layer_at_once(variant, size, dtype, monkeypatch):
+    """However few tokens go through its products together, and to however many they are filled up."""
+    model, ids = mod_model(variant, dtype=dtype), tokens(1, 60)
+    p = safe_threshold(model, ids) if dtype == torch.float32 else 0.0
+    monkeypatch.setattr(executing, "PIECE", size)
+    same(run(fast(model), model, ids[0], 50, p), run(Stock(model, "test"), model, ids[0], 50, p), dtype)
+
+
+def test_few_numbers_of_rows_occur():
+    """Products are compiled for each of them, and kept."""
+    executor = fast(mod_model("llama", dtype=torch.bfloat16))
+    counts = {len(rows) for count in range(1, 2049) for _, rows in executor._pieces(torch.arange(count))}
+    assert len(counts) <= 64
+    for count in (1, 17, 300, 513, 2048):
+        pieces = executor._pieces(torch.arange(count))
+        assert torch.cat([rows[:some] for some, rows in pieces]).equal(torch.arange(count))
+        assert all(some <= len(rows) <= some * 9 / 8 and some <= executing.PIECE for some, rows in pieces)
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral-window", "gpt2"])

@@ -145,10 +145,20 @@ def _convert(arguments: argparse.Namespace) -> None:
                "layer_ranking": ranking},
     )
     print(f"{text.blocks.size:,} training tokens, {text.held_out.size:,} held out, {recipe.steps} steps", flush=True)
-    rows = train(model, tokenizer, config, recipe, text, arguments.out, options, teacher)
+    try:
+        rows = train(model, tokenizer, config, recipe, text, arguments.out, options, teacher)
+    finally:
+        _part()
     if rows:
         print(table(rows, "the parent's"))
         print(f"written to {arguments.out}")
+
+
+def _part() -> None:
+    """Leave the other processes, where there are some, before the interpreter ends: connections that are still open
+    then have threads that outlive what they use."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _check_flags(arguments: argparse.Namespace, recipe: Recipe) -> None:

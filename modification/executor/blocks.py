@@ -6,6 +6,7 @@ are. Shapes: N tokens, W width, H query heads, G key heads, D head width, K stor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,15 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin, [N, D]
 
 
 class Block:
-    """One layer; plain functions of its modules."""
+    """One layer; plain functions of its modules.
+
+    Attributes:
+        direct: its projections are plain float32 ones on a CPU and its MLP is SiLU's: products go through oneDNN, which
+            uses what any processor has, where torch's own choice (MKL) takes a slow way on those of some makers.
+            oneDNN compiles for every number of rows that occurs, and keeps it: few numbers should occur.
+    """
+
+    direct = False
 
     def __init__(self, layer: Any, head: int, router: Any, window: int | None) -> None:
         self.attention, self.mlp = layer.self_attn, layer.mlp
@@ -32,17 +41,41 @@ class Block:
         """x [N, W] -> queries [H, N, D], keys and values [G, N, D], with RoPE."""
         normed = self.norm(x)
         shape = (len(x), -1, self.head)
-        q, k = self.attention.q_proj(normed).view(shape), self.attention.k_proj(normed).view(shape)
+        q, k, v = (
+            self._linear(part, normed).view(shape)
+            for part in (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        v = self.attention.v_proj(normed).view(shape)
         return rotate(q.transpose(0, 1), *rotation), rotate(k.transpose(0, 1), *rotation), v.transpose(0, 1)
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Output projection and MLP on attention's result [N, H * D], with both residuals."""
-        h = x + self.attention.o_proj(mixed)
-        out: Tensor = h + self.mlp(self.mlp_norm(h))
+        h = x + self._linear(self.attention.o_proj, mixed)
+        return h + self._mlp(self.mlp_norm(h))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        mlp = self.mlp
+        if not self.direct:
+            out: Tensor = mlp(x)
+            return out
+        wide = F.silu(self._linear(mlp.gate_proj, x), inplace=True).mul_(self._linear(mlp.up_proj, x))
+        return self._linear(mlp.down_proj, wide)
+
+    def _linear(self, part: Any, x: Tensor) -> Tensor:
+        if self.direct:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, part.weight, part.bias, "none", [], "")
+            return out
+        out = part(x)
         return out
+
+
+def has_onednn() -> bool:
+    """Whether this torch has the product that ``Block.direct`` takes, and may count on the threads that it asks for:
+    where OpenMP gives fewer, oneDNN leaves a part of the work undone."""
+    if os.environ.get("OMP_THREAD_LIMIT") or os.environ.get("OMP_DYNAMIC", "").lower() in ("true", "1"):
+        return False
+    return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def blocks_of(model: Any, routed: bool = True) -> list[Block]:
@@ -88,12 +121,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, windo
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    group = q.shape[0] // k.shape[0]
-    if group > 1 and q.device.type != "cpu":
+    if q.device.type == "cpu":
+        return F.scaled_dot_product_attention(*_side_by_side(q, k, v), **options).reshape(q.shape)
+    if q.shape[0] > k.shape[0]:
         options["enable_gqa"] = True
-    elif group > 1:  # CPU kernels want as many key heads as query heads
-        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     return F.scaled_dot_product_attention(q[None], k[None], v[None], **options)[0]
+
+
+def _side_by_side(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[G, H / G, N or K, D] each: CPU kernels want as many key heads as query heads, and take one many times."""
+    groups, group = k.shape[0], q.shape[0] // k.shape[0]
+    k, v = (part[:, None].expand(-1, group, -1, -1) for part in (k, v))
+    return q.reshape(groups, group, *q.shape[1:]), k, v
 
 
 def _lone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -106,16 +145,14 @@ def _over_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Past keys (all visible) and new ones (causal) apart, joined by their log-sum-exps: no mask of N x K."""
     heads, tokens, width = q.shape
     past, groups = k.shape[1] - tokens, k.shape[0]
-    grouped = q.reshape(1, groups, -1, width)
-    old, old_weight = _flash(grouped, k[None, :, :past], v[None, :, :past], False)
-    group = heads // groups
-    fresh_k, fresh_v = (part[:, past:].repeat_interleave(group, 0)[None] for part in (k, v))
-    new, new_weight = _flash(q[None], fresh_k, fresh_v, True)
-    share = torch.sigmoid(old_weight.reshape(heads, tokens) - new_weight[0])[..., None]
-    return (old.reshape(q.shape) * share + new[0] * (1 - share)).to(q.dtype)
+    old, old_weight = _flash(q.reshape(1, groups, -1, width), k[None, :, :past], v[None, :, :past], False)
+    new, new_weight = _flash(*_side_by_side(q, k[:, past:], v[:, past:]), True)
+    share = torch.sigmoid(old_weight.reshape(heads, tokens) - new_weight.reshape(heads, tokens))[..., None]
+    mixed = new.reshape(q.shape)
+    return mixed.add_(old.reshape(q.shape).sub_(mixed).mul_(share))  # in place: a chunk has many of them
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention [1, H, N, D] and its log-sum-exp [1, H, N]."""
+    """Attention [B, H, N, D] and its log-sum-exp [B, H, N]."""
     out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     return out, weight

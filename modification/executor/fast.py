@@ -18,9 +18,11 @@ from torch import Tensor
 from modification.cache import RaggedCache
 from modification.config import Threshold, threshold_at
 from modification.executor.base import Executor, Pass
-from modification.executor.blocks import Block, Rotation, attend, stacked_routers
+from modification.executor.blocks import Block, Rotation, attend, has_onednn, stacked_routers
 from modification.executor.native import NativeDecoder
 from modification.routing import OPEN, bend
+
+PIECE = 512  # tokens that go through a layer's products together on a CPU
 
 
 class Fast(Executor):
@@ -40,7 +42,10 @@ class Fast(Executor):
     ) -> None:
         self.model, self.blocks, self.native, self.note = model, blocks, native, note
         self.base, self.anchors = model.model, model.mod_config.anchors
-        self.rounded = (model.device.type, model.dtype) == ("cpu", torch.bfloat16)
+        for block in blocks:  # the kernels are there only where projections are plain and MLPs are SiLU's
+            block.direct = native is not None and model.dtype == torch.float32 and has_onednn()
+        self.on_cpu = model.device.type == "cpu"
+        self.rounded = self.on_cpu and (model.dtype == torch.bfloat16 or blocks[0].direct)
         self.routers, self.biases = stacked_routers(blocks, model.config.hidden_size)
         dial = model.mod_config.dial
         self.dial = torch.tensor(dial, dtype=torch.float32, device=model.device) if dial else None
@@ -74,31 +79,51 @@ class Fast(Executor):
         self, block: Block, x: Tensor, chosen: Tensor | None, columns: Tensor, rotation: Rotation, store: Any
     ) -> Tensor:
         """One layer on the chosen tokens (None: on all) of x [N, W]."""
-        if chosen is None:
+        if chosen is None and not self.on_cpu:
             return self._run(block, x, columns, rotation, store)
+        if chosen is None:
+            chosen = torch.arange(len(x))
         if not len(chosen):
             return x
-        count, places = len(chosen), columns[chosen]
-        filled = F.pad(chosen, (0, -count % self._step(count)))
-        turned = (rotation[0][filled], rotation[1][filled])
-        return x.index_copy_(0, chosen, self._run(block, x[filled], places, turned, store)[:count])
+        if self.on_cpu:
+            return self._in_pieces(block, x, chosen, columns, rotation, store)
+        turned = (rotation[0][chosen], rotation[1][chosen])
+        return x.index_copy_(0, chosen, self._run(block, x[chosen], columns[chosen], turned, store))
 
     def _run(self, block: Block, x: Tensor, columns: Tensor, rotation: Rotation, store: Any) -> Tensor:
-        """A layer on x [N, W]; tokens beyond the given columns are fillers, whose results mean nothing."""
-        q, k, v = (part[:, : len(columns)] for part in self._project(block, x, rotation))
-        keys, values = store.add(k, v, columns)
-        places = None if block.window is None else store.row_columns()
-        mixed = attend(q, keys, values, places, block.window)
-        out: Tensor = self._finish(block, x, F.pad(mixed, (0, 0, 0, len(x) - len(columns))))
+        """A layer on all of x [N, W]."""
+        q, k, v = self._project(block, x, rotation)
+        mixed = _attend(block, q, store.add(k, v, columns), store)
+        out: Tensor = self._finish(block, x, mixed)
         return out
 
-    def _step(self, count: int) -> int:
-        """Routed tokens of a chunk are filled up to a multiple of this: at most an eighth more.
+    def _in_pieces(
+        self, block: Block, x: Tensor, chosen: Tensor, columns: Tensor, rotation: Rotation, store: Any
+    ) -> Tensor:
+        """The same on a CPU, where all but attention goes few tokens at a time: what lives inside a layer would take
+        more memory than all else."""
+        pieces, queries = self._pieces(chosen), list[Tensor]()
+        for count, rows in pieces:
+            q, k, v = self._project(block, x[rows], (rotation[0][rows], rotation[1][rows]))
+            queries.append(q[:, :count])
+            stored = store.add(k[:, :count], v[:, :count], columns[rows[:count]])
+        mixed = _attend(block, torch.cat(queries, 1), stored, store)
+        for (count, rows), part in zip(pieces, mixed.tensor_split(len(pieces)), strict=True):
+            y = self._finish(block, x[rows], F.pad(part, (0, 0, 0, len(rows) - count)))
+            x.index_copy_(0, rows[:count], y[:count])
+        return x
 
-        On a CPU, bf16 products are compiled for every number of rows that occurs, and kept, which comes to hundreds
-        of MB over a long prompt; so few numbers should occur.
+    def _pieces(self, chosen: Tensor) -> list[tuple[int, Tensor]]:
+        """A layer's tokens in parts, each with how many they are and, filled up by at most an eighth, which.
+
+        Products of some types are compiled for every number of rows that occurs, and kept, which comes to hundreds of
+        MB over a long prompt. So few numbers should occur.
         """
-        return 1 << max(0, count.bit_length() - 4) if self.rounded else 1
+        pieces = []
+        for some in chosen.tensor_split(-(-len(chosen) // PIECE)):
+            step = 1 << max(0, len(some).bit_length() - 4) if self.rounded else 1
+            pieces.append((len(some), F.pad(some, (0, -len(some) % step))))
+        return pieces
 
     def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
         if self.native is not None:
@@ -160,3 +185,7 @@ class Fast(Executor):
     def _rotation(self, x: Tensor, columns: Tensor) -> Rotation:
         cos, sin = self.base.rotary_emb(x, columns[None])
         return cos[0], sin[0]
+
+
+def _attend(block: Block, q: Tensor, stored: tuple[Tensor, Tensor], store: Any) -> Tensor:
+    return attend(q, *stored, None if block.window is None else store.row_columns(), block.window)
