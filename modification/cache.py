@@ -348,13 +348,14 @@ class RaggedCache(Cache):
 
     def nbytes(self) -> KVBytes:
         """Bytes stored, allocated, and what the dense parent would store."""
-        sizes = [layer.nbytes() for layer in self.layers]
-        rows = max(1, *(layer.batch_rows() for layer in self.layers))
-        seen = self.layers[0].seen
+        stored, allocated, rows, seen = 0, 0, 1, self.layers[0].seen
+        for layer in self.layers:
+            held, room = layer.nbytes()
+            stored, allocated, rows = stored + held, allocated + room, max(rows, layer.batch_rows())
         # The stock cache of a sliding-window layer keeps the last window - 1 tokens.
         tokens = sum(seen if window is None else min(seen, window - 1) for window in self.windows)
         dense = rows * tokens * self.entry_bytes
-        return KVBytes(sum(stored for stored, _ in sizes), sum(allocated for _, allocated in sizes), dense)
+        return KVBytes(stored, allocated, dense)
 
 
 def margin(window: int) -> int:

@@ -48,7 +48,7 @@ class Sampler:
         """Choose; the distribution is altered for the choice alone."""
         logprobs, ids = torch.log_softmax(logits.float(), -1), None
         if self.temperature == 0.0:
-            token = int(logprobs.argmax())
+            token = _likeliest(logprobs)
         else:
             weights, ids = self._candidates((logprobs - logprobs.max()) / self.temperature)
             if not math.isfinite(float(weights.sum())):
@@ -78,3 +78,8 @@ class Sampler:
             if limited or count == vocabulary or not bool(kept[-1]):
                 return best.masked_fill(~kept, 0.0), ids
             count = min(vocabulary, 16 * count)
+
+
+def _likeliest(scores: Tensor) -> int:
+    """The place of the largest of [V]. On a CPU, numpy finds it in a fraction of torch's time."""
+    return int(scores.numpy().argmax() if scores.device.type == "cpu" else scores.argmax())

@@ -24,6 +24,7 @@ class Buffer:
     def __init__(self) -> None:
         self.start = self.end = self.capacity = self.leading = 0
         self.entry_bytes = 0  # of the keys and values at one place, over all leading dimensions
+        self.place_bytes = 0  # that a place takes, in use or not
         self._addresses: tuple[int, int, int | None] = (0, 0, None)
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -97,7 +98,7 @@ class Buffer:
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes stored and bytes allocated."""
-        return self.length * self.entry_bytes, self.capacity * self.entry_bytes
+        return (self.end - self.start) * self.entry_bytes, self.capacity * self.place_bytes
 
     def _resize(self, capacity: int, like: Tensor) -> None:
         length = self.length
@@ -118,6 +119,7 @@ class Buffer:
         assert self._values is not None
         self.capacity, self.leading = self._keys.shape[-2], self._keys.shape[0]
         self.entry_bytes = (self._keys.nbytes + self._values.nbytes) // max(1, self.capacity)
+        self.place_bytes = self.entry_bytes
         self._addresses = self._keys.data_ptr(), self._values.data_ptr(), None
 
 
@@ -177,15 +179,15 @@ class Row(Buffer):
             other.add(self.keys, self.values, self.columns)
         return other
 
-    def nbytes(self) -> tuple[int, int]:
-        stored, allocated = super().nbytes()
-        return stored, allocated + _COLUMN_BYTES * self.capacity
-
     def _resize(self, capacity: int, like: Tensor) -> None:
         fresh = _room((capacity,), torch.int32, like.device)
         fresh[: self.length] = self.columns
         super()._resize(capacity, like)
         self._set_columns(fresh)
+
+    def _measure(self) -> None:
+        super()._measure()
+        self.place_bytes += _COLUMN_BYTES
 
     def _set_columns(self, columns: Tensor) -> None:
         self._columns = columns
