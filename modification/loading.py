@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from modification.architectures import FAMILIES, PREFIX, structured
+from modification.chat import written
 from modification.config import MoDConfig
 from modification.errors import LoadError, first_line, out_of_memory
 from modification.hub import Progress, fetch
@@ -191,11 +192,8 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool = True) -> list[int]:
         ValueError: the template fails.
     """
     if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        try:
-            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
-        except Exception as error:  # a template is a program of the model's
-            raise ValueError(f"the model's chat template fails: {first_line(error)}") from error
+        text = written(tokenizer, [{"role": "user", "content": prompt}])
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer(prompt)["input_ids"])
 
 

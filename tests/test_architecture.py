@@ -15,7 +15,8 @@ APP = REPO / "app"
 # A module may import those before it, and its own package.
 ORDER = (
     "config", "trace", "errors", "architectures", "routing", "storage", "cache", "layer", "model", "executor",
-    "fetching", "hub", "integrity", "loading", "sampling", "batching", "generate", "measure", "conversion", "cli",
+    "fetching", "hub", "integrity", "chat", "loading", "sampling", "batching", "generate", "measure", "conversion",
+    "cli",
 )
 ENTRANCES = ("__init__", "__main__")
 TORCH_FREE = ("config", "trace")

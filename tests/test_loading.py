@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import ALL, REPO, assert_close, dense_model, mod_model, routers, save_folder, tokens
+from builders import ALL, REPO, assert_close, dense_model, mod_model, routers, save_folder, tiny_tokenizer, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modification import LoadError, MoDConfig, MoDModel, load, restore
+from modification.chat import written
 from modification.loading import load_dense_or_mod, resolve
 
 every_family = pytest.mark.parametrize("variant", ALL)
@@ -301,3 +302,28 @@ def test_a_damaged_tokenizer_is_refused(folder):
 def test_an_unknown_quantization_is_refused(folder):
     """The message names the two that exist."""
     refused(folder, r"quantization='2bit'.*'4bit', '8bit'", quantization="2bit")
+
+
+# Chat templates
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ nothing.at.all }}",
+     "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "{{ raise_exception('no') }}"],
+)
+def test_a_template_that_fails_or_never_ends_is_told(template):
+    """In a sentence, and what else traces the thread goes on."""
+    tokenizer, before = tiny_tokenizer(), sys.gettrace()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="the model's chat template fails: "):
+        written(tokenizer, [{"role": "user", "content": "Hi"}], seconds=0.3)
+    assert sys.gettrace() is before
+
+
+def test_a_chat_is_written_as_its_template_says():
+    """Or as its texts alone."""
+    tokenizer, messages = tiny_tokenizer(), [{"role": "user", "content": text} for text in ("a", "b")]
+    assert written(tokenizer, messages) == "a\n\nb"
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{{ '>' * add_generation_prompt }}"
+    assert written(tokenizer, messages) == "[a][b]>"

@@ -17,7 +17,7 @@ from app.errors import UserError
 from app.service.loaded import Loaded
 from app.service.requests import Limits
 from app.talk import ChatTape, SideFigures
-from modification.errors import first_line
+from modification import chat
 
 _TEMPLATE = 64  # tokens that a chat template may put around a message
 
@@ -227,9 +227,7 @@ def messages_of(turns: list[Turn], side: int, message: str) -> list[dict[str, st
 
 def written(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """A conversation as the text that a model reads; UserError if its chat template fails."""
-    if not tokenizer.chat_template:
-        return "\n\n".join(message["content"] for message in messages)
     try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # a template is a program of the model's
-        raise UserError(f"The model's chat template fails: {first_line(error)}.") from error
+        return chat.written(tokenizer, messages)
+    except ValueError as error:
+        raise UserError(f"Can't chat: {error}.") from error
