@@ -223,12 +223,18 @@ def test_a_layer_in_pieces_is_the_layer_at_once(variant, size, dtype, monkeypatc
 def test_few_numbers_of_rows_occur():
     """Products are compiled for each of them, and kept."""
     executor = fast(mod_model("llama", dtype=torch.bfloat16))
-    counts = {len(rows) for count in range(1, 2049) for _, rows in executor._pieces(torch.arange(count))}
+    x, counts = torch.arange(4096.0)[:, None], set()
+    for count in range(1, 2049):
+        for chosen in (None, torch.arange(1, 2 * count, 2)):
+            pieces = executor._pieces(count, chosen)
+            rows = [piece.of(x) for piece in pieces]
+            counts |= {len(part) for part in rows}
+            taken = torch.cat([part[: piece.count] for piece, part in zip(pieces, rows, strict=True)])
+            assert taken.equal(x[:count] if chosen is None else x[chosen])
+            for piece, part in zip(pieces, rows, strict=True):
+                assert piece.count <= len(part) <= piece.count * 9 / 8
+                assert piece.count <= executing.PIECE
     assert len(counts) <= 64
-    for count in (1, 17, 300, 513, 2048):
-        pieces = executor._pieces(torch.arange(count))
-        assert torch.cat([rows[:some] for some, rows in pieces]).equal(torch.arange(count))
-        assert all(some <= len(rows) <= some * 9 / 8 and some <= executing.PIECE for some, rows in pieces)
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral-window", "gpt2"])

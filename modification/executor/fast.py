@@ -8,6 +8,7 @@ already, and skipping costs nothing. Shapes: N tokens of a chunk, W width, M MoD
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,25 @@ from modification.executor.native import NativeDecoder
 from modification.routing import OPEN, bend
 
 PIECE = 512  # tokens that go through a layer's products together on a CPU
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some tokens of a chunk: ``count`` of them, and where they are, with fillers whose results mean nothing."""
+
+    count: int
+    where: slice | Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their rows of x."""
+        return x[self.where] if isinstance(self.where, slice) else x.index_select(0, self.where)
+
+    def put(self, x: Tensor, rows: Tensor) -> None:
+        """Replace their rows of x."""
+        if isinstance(self.where, slice):
+            x[self.where] = rows
+        else:
+            x.index_copy_(0, self.where[: self.count], rows[: self.count])
 
 
 class Fast(Executor):
@@ -79,14 +99,12 @@ class Fast(Executor):
         self, block: Block, x: Tensor, chosen: Tensor | None, columns: Tensor, rotation: Rotation, store: Any
     ) -> Tensor:
         """One layer on the chosen tokens (None: on all) of x [N, W]."""
-        if chosen is None and not self.on_cpu:
-            return self._run(block, x, columns, rotation, store)
-        if chosen is None:
-            chosen = torch.arange(len(x))
-        if not len(chosen):
-            return x
         if self.on_cpu:
             return self._in_pieces(block, x, chosen, columns, rotation, store)
+        if chosen is None:
+            return self._run(block, x, columns, rotation, store)
+        if not len(chosen):
+            return x
         turned = (rotation[0][chosen], rotation[1][chosen])
         return x.index_copy_(0, chosen, self._run(block, x[chosen], columns[chosen], turned, store))
 
@@ -98,31 +116,41 @@ class Fast(Executor):
         return out
 
     def _in_pieces(
-        self, block: Block, x: Tensor, chosen: Tensor, columns: Tensor, rotation: Rotation, store: Any
+        self, block: Block, x: Tensor, chosen: Tensor | None, columns: Tensor, rotation: Rotation, store: Any
     ) -> Tensor:
         """The same on a CPU, where all but attention goes few tokens at a time: what lives inside a layer would take
         more memory than all else."""
-        pieces, queries = self._pieces(chosen), list[Tensor]()
-        for count, rows in pieces:
-            q, k, v = self._project(block, x[rows], (rotation[0][rows], rotation[1][rows]))
-            queries.append(q[:, :count])
-            stored = store.add(k[:, :count], v[:, :count], columns[rows[:count]])
-        mixed = _attend(block, torch.cat(queries, 1), stored, store)
-        for (count, rows), part in zip(pieces, mixed.tensor_split(len(pieces)), strict=True):
-            y = self._finish(block, x[rows], F.pad(part, (0, 0, 0, len(rows) - count)))
-            x.index_copy_(0, rows[:count], y[:count])
+        pieces, queries = self._pieces(len(x), chosen), list[Tensor]()
+        for piece in pieces:
+            q, k, v = self._project(block, piece.of(x), (piece.of(rotation[0]), piece.of(rotation[1])))
+            queries.append(q[:, : piece.count])
+            stored = store.add(k[:, : piece.count], v[:, : piece.count], piece.of(columns)[: piece.count])
+        if not pieces:
+            return x
+        mixed = _attend(block, torch.cat(queries, 1) if len(queries) > 1 else queries[0], stored, store)
+        parts = torch.split_with_sizes(mixed, [piece.count for piece in pieces])
+        for piece, part in zip(pieces, parts, strict=True):
+            given = piece.of(x)
+            piece.put(x, self._finish(block, given, F.pad(part, (0, 0, 0, len(given) - piece.count))))
         return x
 
-    def _pieces(self, chosen: Tensor) -> list[tuple[int, Tensor]]:
-        """A layer's tokens in parts, each with how many they are and, filled up by at most an eighth, which.
+    def _pieces(self, length: int, chosen: Tensor | None) -> list[_Piece]:
+        """A layer's tokens in parts, each filled up by at most an eighth.
 
         Products of some types are compiled for every number of rows that occurs, and kept, which comes to hundreds of
         MB over a long prompt. So few numbers should occur.
         """
-        pieces = []
-        for some in chosen.tensor_split(-(-len(chosen) // PIECE)):
-            step = 1 << max(0, len(some).bit_length() - 4) if self.rounded else 1
-            pieces.append((len(some), F.pad(some, (0, -len(some) % step))))
+        count, pieces = length if chosen is None else len(chosen), list[_Piece]()
+        parts = -(-count // PIECE)
+        for at in range(parts):
+            first, end = count * at // parts, count * (at + 1) // parts
+            step = 1 << max(0, (end - first).bit_length() - 4) if self.rounded else 1
+            filled = -(end - first) % step
+            if chosen is None and not filled:
+                pieces.append(_Piece(end - first, slice(first, end)))
+            else:
+                some = torch.arange(first, end) if chosen is None else chosen[first:end]
+                pieces.append(_Piece(end - first, F.pad(some, (0, filled))))
         return pieces
 
     def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
