@@ -32,6 +32,7 @@ from modification.cache import RaggedCache
 from modification.config import MoDConfig, check_threshold
 from modification.layer import CALL, CURRENT_CALL, MoDLayer, routed_class
 from modification.routing import INITIAL_BIAS, OPEN, Router, RoutingCall, RunBlock
+from modification.threads import heed_limits
 
 PATHS = ("gathered", "masked")
 RULES = ("threshold", "top-k")
@@ -269,6 +270,7 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
             f"{type(model).__name__} is spread over devices by hooks that would bypass routing: convert it on one "
             "device, save it, then load the converted folder with a device map"
         )
+    heed_limits()
     before, in_tuple = _probe_dense(model, family)
     family = dataclasses.replace(family, returns_tuple=in_tuple)
     dense_config: Any = type(settings)

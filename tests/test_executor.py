@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -463,17 +464,21 @@ def test_layers_of_unlike_sizes_are_not_given_to_the_kernels():
     same(run(executor, model, ids, 5, 0.0), run(Stock(model, "test"), model, ids, 5, 0.0))
 
 
-def test_fewer_threads_than_asked_for_still_do_all_the_work():
-    """OpenMP may give fewer; run in a process of its own, whose limit is one."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("limits", [{"OMP_THREAD_LIMIT": "1"}, {"OMP_DYNAMIC": "true"}])
+def test_fewer_threads_than_asked_for_still_do_all_the_work(dtype, limits):
+    """OpenMP may give fewer; run in a process of its own."""
     script = (
         "import sys; sys.path[:0] = ['tests', '.']; import torch, test_executor as t; from builders import *\n"
-        "torch.set_grad_enabled(False); model, ids = mod_model('llama'), tokens(1, 60)[0]; torch.set_num_threads(4)\n"
-        "t.same(t.run(t.fast(model), model, ids, 50, 0.0), t.run(t.fast(model, 'torch'), model, ids, 50, 0.0))"
+        f"torch.set_grad_enabled(False); torch.set_num_threads(4); kind = torch.{dtype}\n"
+        "model, ids = mod_model('llama', dtype=kind), tokens(1, 60)[0]\n"
+        "single = mod_model('llama', dtype=kind); chosen = t.choose(model); assert chosen.name == 'fast', chosen.note\n"
+        "t.same(t.run(chosen, model, ids, 50, 0.0), t.run(t.Stock(single, 'test'), single, ids, 50, 0.0), kind)\n"
+        "assert torch.get_num_threads() == 1"
     )
-    limited = {**os.environ, "OMP_THREAD_LIMIT": "1", "OMP_DYNAMIC": "true"}
-    if native.library()[0] is None:
-        pytest.skip("no compiler on this machine")
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, env=limited, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPO, env={**os.environ, **limits}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -580,3 +585,36 @@ def test_every_executor_reads_the_dial_alike(variant):
     assert torch.equal(routed, torch.cat(out.routed)[:, :count])
     unbent = mod_model(variant)(ids, p=p, output_router_scores=True)
     assert (torch.cat(unbent.router_scores) - scores[:, :12]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("window", [1, 40, 700, 5000])
+def test_a_window_is_looked_through_lot_by_lot(window):
+    """On a CPU: over the keys that a lot of queries sees, of whatever columns are stored."""
+    kept = torch.rand(1500, generator=torch.Generator().manual_seed(0)) < 0.8
+    columns = kept.nonzero().squeeze(1).int()
+    q, k, v = torch.randn(4, 1100, 8), torch.randn(2, len(columns), 8), torch.randn(2, len(columns), 8)
+    distance = columns[-1100:, None] - columns
+    seen = (distance >= 0) & (distance < window)
+    wide_k, wide_v = k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, wide_k, wide_v, attn_mask=seen)
+    assert_close(blocks.attend(q, k, v, columns, window), expected.transpose(0, 1).reshape(1100, -1))
+
+
+@pytest.mark.parametrize("what", ["the compiler is gone", "kernel missing"])
+def test_a_fast_path_that_fails_goes_the_stock_way(what, monkeypatch):
+    """And says why; memory that runs out is told as such."""
+    model = mod_model("llama")
+    monkeypatch.setattr(Fast, "_chunk", Mock(side_effect=RuntimeError(what)))
+    chosen = choose(model)
+    assert (chosen.name, chosen.note) == ("stock", f"stock transformers layers: the fast path fails: {what}")
+    monkeypatch.setattr(Fast, "_chunk", Mock(side_effect=MemoryError()))
+    with pytest.raises(MemoryError):
+        choose(model)
+
+
+def test_a_layer_whose_forward_was_replaced_goes_the_stock_way():
+    """On the instance, as some kernel libraries do it; also after a first generation."""
+    model = mod_model("llama")
+    assert executor_of(model).name == "fast"
+    model.model.layers[0].mlp.forward = lambda x: x
+    assert executor_of(model).name == "stock"

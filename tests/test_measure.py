@@ -214,9 +214,9 @@ def test_the_threshold_of_a_load_reaches_it(load):
     """On the very prompt."""
     model = mod_model("llama", max_position_embeddings=1024)
     executor, ids = Stock(model, "test"), tokens(1, 600)[0]
-    p = threshold_for(load, executor, model, ids)
+    p = threshold_for(load, executor, model, [ids])
     assert executor.prefill(ids, model.new_cache(), p).routed.mean() == pytest.approx(load, abs=0.05)
-    assert threshold_for(1.0, executor, model, ids) == 0.0
+    assert threshold_for(1.0, executor, model, [ids]) == 0.0
 
 
 def test_peak_memory_sees_what_was_in_use():

@@ -23,6 +23,7 @@ from app.service.dials import Dial
 from app.service.jobs import Mailbox
 from app.service.requests import ALTERNATIVES, Request
 from modification import Step
+from modification.executor import executor_of
 from modification.generate import generate
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class Zero:
         if not torch.cuda.is_available():
             torch.set_num_threads(1)  # threads don't live on in a fork
         model = self.models[name].model.to("cuda" if torch.cuda.is_available() else "cpu")
+        executor_of(model, compiled=False)  # what a fork compiles is gone with it
 
         def p() -> float | tuple[float, ...]:
             return Dial(float(row[0]), tuple(row[2 : 2 + shifts].tolist()))()

@@ -85,7 +85,7 @@ class Routed(Engine):
         key = tuple(prompt_ids)
         if key not in self._thresholds:
             prompt = torch.tensor(prompt_ids)
-            self._thresholds[key] = threshold_for(self.load, self._inner.executor, self._inner.model, prompt)
+            self._thresholds[key] = threshold_for(self.load, self._inner.executor, self._inner.model, [prompt])
         return self._thresholds[key]
 
 

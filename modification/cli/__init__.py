@@ -11,6 +11,7 @@ import torch
 from modification.architectures import ConversionError
 from modification.cli import measuring, running, training
 from modification.errors import LoadError
+from modification.threads import heed_limits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.threads is not None:
             _set_threads(arguments.threads)
+        heed_limits()
         arguments.run(arguments)
     except (LoadError, ConversionError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

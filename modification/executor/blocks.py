@@ -6,7 +6,6 @@ are. Shapes: N tokens, W width, H query heads, G key heads, D head width, K stor
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from modification.architectures import head_width, rotate
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, [N, D]
+_QUERIES = 512  # that look through a sliding window together on a CPU: bounds the mask
 
 
 class Block:
@@ -71,10 +71,7 @@ class Block:
 
 
 def has_onednn() -> bool:
-    """Whether this torch has the product that ``Block.direct`` takes, and may count on the threads that it asks for:
-    where OpenMP gives fewer, oneDNN leaves a part of the work undone."""
-    if os.environ.get("OMP_THREAD_LIMIT") or os.environ.get("OMP_DYNAMIC", "").lower() in ("true", "1"):
-        return False
+    """Whether this torch has the product that ``Block.direct`` takes."""
     return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -106,9 +103,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, windo
     """
     tokens, keys = q.shape[1], k.shape[1]
     on_cpu = q.device.type == "cpu"  # elsewhere asking for a column would wait for the device
-    if window is not None and columns is not None and (not on_cpu or int(columns[-1] - columns[0]) >= window):
-        distance = columns[-tokens:, None] - columns[None]
-        out = _sdpa(q, k, v, attn_mask=(distance >= 0) & (distance < window))
+    if window is not None and columns is not None and not on_cpu:
+        out = _sdpa(q, k, v, attn_mask=_visible(columns[-tokens:], columns, window))
+    elif window is not None and columns is not None and int(columns[-1] - columns[0]) >= window:
+        out = _through_window(q, k, v, columns, window)
     elif tokens == 1:
         out = _lone(q, k, v)
     elif tokens == keys:
@@ -120,8 +118,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, windo
     return out.transpose(0, 1).reshape(tokens, -1)
 
 
+def _visible(own: Tensor, columns: Tensor, window: int) -> Tensor:
+    """Which stored columns [K] the tokens at ``own`` [N] see: [N, K]."""
+    distance = own[:, None] - columns[None]
+    return (distance >= 0) & (distance < window)
+
+
+def _through_window(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, window: int) -> Tensor:
+    """Some queries at a time, each lot over the keys that any of it sees."""
+    found = []
+    for own, lot in zip(torch.split(columns[-q.shape[1] :], _QUERIES), torch.split(q, _QUERIES, 1), strict=True):
+        bounds = torch.stack([own[0] - window + 1, own[-1] + 1])
+        first, end = torch.searchsorted(columns, bounds).tolist()
+        mask = _visible(own, columns[first:end], window)
+        found.append(_sdpa(lot, k[:, first:end], v[:, first:end], attn_mask=mask))
+    return torch.cat(found, 1)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    if q.device.type == "cpu":
+    masked = type(options.get("attn_mask")) is Tensor  # fused kernels that take masks or float32 refuse `enable_gqa`
+    if q.device.type == "cpu" or masked or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(*_side_by_side(q, k, v), **options).reshape(q.shape)
     if q.shape[0] > k.shape[0]:
         options["enable_gqa"] = True
@@ -129,7 +145,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 
 def _side_by_side(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[G, H / G, N or K, D] each: CPU kernels want as many key heads as query heads, and take one many times."""
+    """[G, H / G, N or K, D] each: as many key heads as query heads, none of them copied."""
     groups, group = k.shape[0], q.shape[0] // k.shape[0]
     k, v = (part[:, None].expand(-1, group, -1, -1) for part in (k, v))
     return q.reshape(groups, group, *q.shape[1:]), k, v

@@ -8,46 +8,61 @@ from typing import Any
 
 import torch
 
+from modification.errors import first_line, out_of_memory
 from modification.executor.base import Executor, Stock
 from modification.executor.blocks import blocks_of
 from modification.executor.fast import Fast
 from modification.executor.native import NativeDecoder, library, native_obstacle
 from modification.routing import is_router
+from modification.threads import heed_limits
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies don't depend on the length
 PROBE = 24  # tokens of the check: a prompt, more of it, then single tokens
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}  # of the largest logit
 
 
-def executor_of(model: Any) -> Executor:
-    """The executor for a MoD model; the choice is checked once and kept until its weights move."""
+def executor_of(model: Any, compiled: bool = True) -> Executor:
+    """The executor for a MoD model; the choice is checked once and kept until its weights move.
+
+    Args:
+        compiled: put ``torch.compile`` around a layer's pieces where that pays; False where it would not last.
+    """
     held, signature = model.executor_slot, _signature(model)
     if held.value is None or held.signature != signature:
-        held.value, held.signature = choose(model), signature
+        held.value, held.signature = choose(model, compiled), signature
     found: Executor = held.value
     return found
 
 
-def choose(model: Any) -> Executor:
+def choose(model: Any, compiled: bool = True) -> Executor:
     """The fast executor, or the stock one with the reason in its note."""
-    if (why := obstacle(model)) is not None:
-        return Stock(model, why)
-    fast = fast_executor(model)
-    difference = disagreement(model, fast)
-    if difference <= TOLERANCE[model.dtype]:
-        return fast
-    return Stock(model, f"the fast path's logits differ by {difference:.2g} of the largest one")
+    heed_limits()
+    why = obstacle(model)
+    ways = [True, False] if compiled and model.device.type == "cuda" else [False]
+    for way in ways if why is None else []:
+        try:
+            fast = fast_executor(model, compiled=way)
+            difference = disagreement(model, fast)
+        except Exception as error:  # a compiler that is missing or fails, a kernel that a device lacks
+            if out_of_memory(error):
+                raise
+            why = f"the fast path fails: {first_line(error)}"
+            continue
+        if difference <= TOLERANCE[model.dtype]:
+            return fast
+        why = f"the fast path's logits differ by {difference:.2g} of the largest one"
+    return Stock(model, str(why))
 
 
-def fast_executor(model: Any, routed: bool = True) -> Fast:
-    """The fast executor, unchecked; not ``routed``, it runs the dense parent."""
+def fast_executor(model: Any, routed: bool = True, compiled: bool | None = None) -> Fast:
+    """The fast executor, unchecked; not ``routed``, it runs the dense parent. ``compiled`` by default on CUDA."""
     blocks = blocks_of(model, routed)
     why, native = native_obstacle(model, blocks), None
     if why is None:
         built, why = library()
         native = None if built is None else NativeDecoder(model, blocks, built)
     note = f"fast: {why}" if native is not None else f"fast: torch ({why})"
-    return Fast(model, blocks, native, note, compiled=model.device.type == "cuda")
+    return Fast(model, blocks, native, note, model.device.type == "cuda" if compiled is None else compiled)
 
 
 def obstacle(model: Any) -> str | None:
@@ -74,7 +89,10 @@ def obstacle(model: Any) -> str | None:
 
 
 def _hooked(module: Any) -> bool:
-    return hasattr(module, "_hf_hook") or bool(module._forward_hooks) or bool(module._forward_pre_hooks)
+    """Whether calling it does more than its class says."""
+    if hasattr(module, "_hf_hook") or "forward" in vars(module):
+        return True
+    return bool(module._forward_hooks) or bool(module._forward_pre_hooks)
 
 
 def disagreement(model: Any, fast: Executor) -> float:

@@ -20,7 +20,7 @@ from modification.cache import RaggedCache
 from modification.config import Threshold, threshold_at
 from modification.executor.base import Executor, Pass
 from modification.executor.blocks import Block, Rotation, attend, has_onednn, stacked_routers
-from modification.executor.native import NativeDecoder
+from modification.executor.native import NativeDecoder, native_obstacle
 from modification.routing import OPEN, bend
 
 PIECE = 512  # tokens that go through a layer's products together on a CPU
@@ -62,9 +62,10 @@ class Fast(Executor):
     ) -> None:
         self.model, self.blocks, self.native, self.note = model, blocks, native, note
         self.base, self.anchors = model.model, model.mod_config.anchors
-        for block in blocks:  # the kernels are there only where projections are plain and MLPs are SiLU's
-            block.direct = native is not None and model.dtype == torch.float32 and has_onednn()
         self.on_cpu = model.device.type == "cpu"
+        plain = not compiled and model.dtype == torch.float32 and native_obstacle(model, blocks) is None
+        for block in blocks:
+            block.direct = plain and has_onednn()
         self.rounded = self.on_cpu and (model.dtype == torch.bfloat16 or blocks[0].direct)
         self.routers, self.biases = stacked_routers(blocks, model.config.hidden_size)
         dial = model.mod_config.dial
@@ -120,19 +121,28 @@ class Fast(Executor):
     ) -> Tensor:
         """The same on a CPU, where all but attention goes few tokens at a time: what lives inside a layer would take
         more memory than all else."""
-        pieces, queries = self._pieces(len(x), chosen), list[Tensor]()
-        for piece in pieces:
-            q, k, v = self._project(block, piece.of(x), (piece.of(rotation[0]), piece.of(rotation[1])))
-            queries.append(q[:, : piece.count])
-            stored = store.add(k[:, : piece.count], v[:, : piece.count], piece.of(columns)[: piece.count])
+        pieces = self._pieces(len(x), chosen)
         if not pieces:
             return x
-        mixed = _attend(block, torch.cat(queries, 1) if len(queries) > 1 else queries[0], stored, store)
+        mixed = self._mixed(block, x, pieces, columns if chosen is None else columns[chosen], rotation, store)
         parts = torch.split_with_sizes(mixed, [piece.count for piece in pieces])
         for piece, part in zip(pieces, parts, strict=True):
             given = piece.of(x)
-            piece.put(x, self._finish(block, given, F.pad(part, (0, 0, 0, len(given) - piece.count))))
+            filled = part if len(given) == piece.count else F.pad(part, (0, 0, 0, len(given) - piece.count))
+            piece.put(x, self._finish(block, given, filled))
         return x
+
+    def _mixed(
+        self, block: Block, x: Tensor, pieces: Sequence[_Piece], columns: Tensor, rotation: Rotation, store: Any
+    ) -> Tensor:
+        """Attention's result for the pieces' tokens, [N, H * D]."""
+        made = []
+        for piece in pieces:
+            projected = self._project(block, piece.of(x), (piece.of(rotation[0]), piece.of(rotation[1])))
+            made.append([part[:, : piece.count] for part in projected])
+        q, k, v = made[0] if len(made) == 1 else (torch.cat(parts, 1) for parts in zip(*made, strict=True))
+        del made
+        return _attend(block, q, store.add(k, v, columns), store)  # all at once: a store that grows is copied
 
     def _pieces(self, length: int, chosen: Tensor | None) -> list[_Piece]:
         """A layer's tokens in parts, each filled up by at most an eighth.
@@ -149,7 +159,7 @@ class Fast(Executor):
             if chosen is None and not filled:
                 pieces.append(_Piece(end - first, slice(first, end)))
             else:
-                some = torch.arange(first, end) if chosen is None else chosen[first:end]
+                some = torch.arange(first, end, device="cpu") if chosen is None else chosen[first:end]
                 pieces.append(_Piece(end - first, F.pad(some, (0, filled))))
         return pieces
 

@@ -96,7 +96,7 @@ class NativeDecoder:
         """One token of each of B rows; see :meth:`Executor.decode`."""
         count, routers = len(tokens), self.shape.routers
         places = [cache.get_seq_length() for cache in caches]
-        x = self.embedding[torch.tensor(tokens)].float()
+        x = self.embedding[torch.tensor(tokens, device="cpu")].float()
         cosines, sines = self._angles(places)
         ahead = (ctypes.c_float * (count * routers))()
         router_pointers = (self.routers.data_ptr(), self.biases.data_ptr())
@@ -139,13 +139,13 @@ class NativeDecoder:
     def _angles(self, places: list[int]) -> tuple[Tensor, Tensor]:
         """cos and sin of RoPE, [B, D / 2]."""
         rotary = self.model.model.rotary_emb
-        angles = torch.tensor(places, dtype=torch.float32)[:, None] * rotary.inv_freq.float()
+        angles = torch.tensor(places, dtype=torch.float32, device="cpu")[:, None] * rotary.inv_freq.float()
         scaling: float = rotary.attention_scaling
         return angles.cos() * scaling, angles.sin() * scaling
 
     def _head(self, x: Tensor) -> Tensor:
         weight = self.head
-        out = torch.empty(len(x), len(weight), dtype=torch.float32)  # the default may be another during a load
+        out = torch.empty(len(x), len(weight), dtype=torch.float32, device="cpu")  # whatever the defaults are
         self.library.mod_head(
             self.norm.data_ptr(), weight.data_ptr(), ctypes.byref(self.shape), x.data_ptr(), len(x),
             len(weight), out.data_ptr(), torch.get_num_threads(),

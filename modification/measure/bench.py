@@ -153,7 +153,7 @@ class Setting:
         work = Work.random(
             model.config.vocab_size, self.batch, self.context, self.new_tokens, model.device, self.ragged
         )
-        p = {f"load {load:g}": threshold_for(load, executor, model, work.prompts[0]) for load in loads if load < 1}
+        p = {f"load {load:g}": threshold_for(load, executor, model, work.prompts) for load in loads if load < 1}
         sides = self._dense_sides(work)
         for name, threshold in {DENSE: 0.0, **p}.items():
             sides[name] = functools.partial(time_engine, executor, model, work, threshold)

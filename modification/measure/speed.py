@@ -172,20 +172,23 @@ def time_stock(parent: Any, work: Work, compiled: bool = False) -> Timing:
     return Timing(first, first, (clock.times[-1] - clock.times[0]) / steps, peak.bytes)
 
 
-def threshold_for(load: float, executor: Executor, model: Any, prompt: Tensor) -> float:
-    """The p at which this prompt [T] reaches a load of its MoD layers: sought on its beginning, then on the whole."""
+def threshold_for(load: float, executor: Executor, model: Any, prompts: Sequence[Tensor]) -> float:
+    """The p at which prompts [T] reach a load of their MoD layers: sought on the first one's beginning, then on all."""
     if load >= 1:
         return 0.0
 
-    def miss(p: float, ids: Tensor) -> float:
-        cache = model.new_cache()
-        ran = executor.prefill(ids, cache, p).routed
-        cache.reset()
-        return float(ran.mean()) - load
+    def miss(p: float, rows: Sequence[Tensor]) -> float:
+        ran = 0.0
+        for ids in rows:
+            cache = model.new_cache()
+            ran += float(executor.prefill(ids, cache, p).routed.mean()) * len(ids)
+            cache.reset()
+        return ran / sum(len(ids) for ids in rows) - load
 
-    p = _bisect(functools.partial(miss, ids=prompt[:CALIBRATION_TOKENS]), 0.0, 1.0, 12)
-    if len(prompt) > CALIBRATION_TOKENS and abs(miss(p, prompt)) > NEAR:
-        p = _bisect(functools.partial(miss, ids=prompt), max(0.0, p - 0.1), min(1.0, p + 0.1), 4)
+    beginning = [prompts[0][:CALIBRATION_TOKENS]]
+    p = _bisect(functools.partial(miss, rows=beginning), 0.0, 1.0, 12)
+    if sum(len(ids) for ids in prompts) > len(beginning[0]) and abs(miss(p, prompts)) > NEAR:
+        p = _bisect(functools.partial(miss, rows=prompts), max(0.0, p - 0.1), min(1.0, p + 0.1), 4)
     return p
 
 
