@@ -61,9 +61,10 @@ class Calls:
         if number is not None:
             if type(number) is not int:
                 return "fn_index has to be a whole number."
-            # Numbers beyond these may be a session's own: controls that are made as it goes.
-            takes = self._by_number.get(number)
-            return takes.complaint(f"number {number}", call["data"]) if takes else None
+            if (takes := self._by_number.get(number)) is not None:
+                return takes.complaint(f"number {number}", call["data"])
+            # Numbers beyond these may be a session's own: controls that are made as it goes, none of which takes files.
+            return "A file came, and none is taken." if _holds_file(call["data"]) else None
         name = found["called"] or found["run"]
         if name is None or name == "predict":
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -21,6 +22,9 @@ Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _UPLOAD_ROOM = 1 << 20  # bytes of an upload that are not the file
 _UPLOADS = 50  # times the largest file that are kept at once
+_SECONDS, _RATE = 60.0, 50_000  # that an upload may take, and bytes per second that it brings besides
+# Of Gradio's: state written to the disk for good; videos given to a converter; other Spaces' runs.
+_CLOSED = ("/deep_link", "/process_recording", "/run-history")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"same-origin"),
     (b"permissions-policy", b"camera=(), microphone=(), geolocation=()"),
@@ -67,8 +71,8 @@ class Guard:
             return await _answer(send, 200, b"ok\n")
         if path == "/metrics":
             return await _answer(send, 200, self.service.metrics(), b"text/plain; version=0.0.4; charset=utf-8")
-        if path.endswith("/deep_link"):  # would write the page's state to the disk, for good
-            return await _answer(send, 404, b"There are no such links here.\n")
+        if any(f"{name}/" in f"{path}/" for name in _CLOSED):
+            return await _answer(send, 404, b"There is nothing here.\n")
         limits, uploading = self.service.limits, path.endswith("/upload")
         most = limits.file_bytes + _UPLOAD_ROOM if uploading else limits.body_bytes
         told = dict(scope["headers"]).get(b"content-length", b"0")
@@ -89,7 +93,7 @@ class Guard:
         """Take files, if there is room for as much as the request says that it brings."""
         async with self.uploads.room(told) as room:
             if room:
-                return await self._bounded(scope, receive, send, told)
+                return await self._bounded(scope, _soon(receive, _SECONDS + told / _RATE), send, told)
         await _answer(send, 507, b"There is no room for uploads now: they are deleted after an hour.\n")
 
     async def _checked(
@@ -106,7 +110,7 @@ class Guard:
             if size > most:
                 return await self._refuse(send, most)
         body = b"".join(parts)
-        if (complaint := calls.complaint(path, body)) is not None:
+        if (complaint := await asyncio.to_thread(calls.complaint, path, body)) is not None:
             answer = json.dumps({"detail": complaint}).encode()
             return await _answer(send, 422, answer, b"application/json")
         read = False
@@ -167,3 +171,16 @@ async def _answer(send: Send, code: int, body: bytes, kind: bytes = b"text/plain
     headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *_HEADERS]
     await send({"type": "http.response.start", "status": code, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _soon(receive: Receive, seconds: float) -> Receive:
+    """What comes in within so many seconds; after that it is as if the other side had gone."""
+    until = time.monotonic() + seconds
+
+    async def received() -> Message:
+        try:
+            return await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
+        except TimeoutError:
+            return {"type": "http.disconnect"}
+
+    return received

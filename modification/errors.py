@@ -23,6 +23,12 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_MEMORY)
 
 
+def foreseen(error: BaseException) -> bool:
+    """Whether what a library raised is an error, and not a signal to end: extensions written in Rust panic with
+    something that is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def first_line(error: BaseException) -> str:
     """What to show of an error that a library raised."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -78,13 +78,13 @@ def _weights(repository: str, name: str, revision: str | None, here: list[int]) 
                 raise failure or ConnectionError("it did not come whole")
             else:
                 try:
-                    _go_on(url, found.location, part, size, here)
+                    _go_on(url, found.location, part, size, found.size, here)
                 except Exception as error:  # a connection that breaks leaves what came
                     failure = error
 
 
-def _go_on(url: str, location: str, part: Path, start: int, here: list[int]) -> None:
-    """Ask for the rest of a file."""
+def _go_on(url: str, location: str, part: Path, start: int, most: int, here: list[int]) -> None:
+    """Ask for the rest of a file, which has ``most`` bytes."""
     headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
     if urlsplit(url).netloc != urlsplit(location).netloc:
         headers.pop("authorization", None)  # the token is for the Hub alone
@@ -96,6 +96,8 @@ def _go_on(url: str, location: str, part: Path, start: int, here: list[int]) -> 
             for piece in answer.iter_bytes(_PIECE):
                 file.write(piece)
                 here[0] = file.tell()
+                if here[0] > most:  # told by the caller, who deletes it
+                    return
 
 
 def _fetch(repository: str, at: int, name: str, revision: str | None) -> bool:

@@ -32,9 +32,14 @@ _SIZES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }
-_POSITIVE = ("max_position_embeddings", "n_positions", "hidden_size", "vocab_size", "num_attention_heads")
+_POSITIVE = (
+    "max_position_embeddings", "n_positions", "hidden_size", "vocab_size", "num_attention_heads", "num_hidden_layers",
+    "n_layer", "num_layers", "n_layers",
+)
 _WORD = re.compile(r"\w+")
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_LAYERS = re.compile(r"(?:num_|n_)(?:hidden_|decoder_|encoder_)?layers?|(?:decoder|encoder)_layers")
+_EXPERTS, _MOST_EXPERTS = re.compile(r"(?:num_|n_)\w*experts"), 65_536
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 log = logging.getLogger(__name__)
 
 
@@ -162,8 +167,12 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
             raise Damaged(f"{path} says {name} = {value:.3g}: that is no model's")
     for name in _POSITIVE:
         count = config.get(name)
-        if type(count) is int and count < 1:
-            raise Damaged(f"{path} says {name} = {count}: it must be 1 or more")
+        if count is not None and (type(count) is not int or count < 1):
+            raise Damaged(f"{path} says {name} = {str(count)[:80]}: it must be 1 or more, a whole number")
+    for name in _TOKENS:
+        ids = config.get(name)
+        if ids is not None and not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids])):
+            raise Damaged(f"{path} says {name} = {str(ids)[:80]!r}: it must be a whole number, or a list of them")
     for name, value in config.items():
         words = value.values() if isinstance(value, dict) else [value]
         if name.endswith("implementation") and not all(one is None or _is_word(one) for one in words):
@@ -177,10 +186,13 @@ def _is_word(value: Any) -> bool:
 def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
     """Counts that would take all memory or time before anything else refused them."""
     check_config(path, config)
-    for name in _LAYERS:
-        layers = config.get(name)
-        if isinstance(layers, int) and not 0 < layers <= tensors:
-            raise Damaged(f"{path} says {name} = {layers}, and its weight files hold {tensors} tensors: they don't fit")
+    for name, value in _numbers(config):  # those of configs within the config too
+        if _LAYERS.fullmatch(name) and value > tensors:
+            raise Damaged(
+                f"{path} says {name} = {value:g}, and its weight files hold {tensors} tensors: they don't fit"
+            )
+        if _EXPERTS.fullmatch(name) and value > _MOST_EXPERTS:
+            raise Damaged(f"{path} says {name} = {value:g}: at most {_MOST_EXPERTS:,} are read")
 
 
 def _numbers(value: Any, name: str = "config", depth: int = 0) -> Iterator[tuple[str, float]]:

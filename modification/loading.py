@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from modification.architectures import FAMILIES, PREFIX, structured
 from modification.chat import written
 from modification.config import MoDConfig
-from modification.errors import LoadError, first_line, out_of_memory
+from modification.errors import LoadError, first_line, foreseen, out_of_memory
 from modification.hub import Progress, fetch
 from modification.integrity import check_files, check_fit, check_loaded, check_sizes, header_of, read_config
 from modification.model import MoDModel, convert, register_family
@@ -24,6 +24,7 @@ from modification.model import MoDModel, convert, register_family
 ADAPTER = "adapter"  # folder within a model's that holds a low-rank change of its weights
 Quantization = Literal["4bit", "8bit"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_PROBE = "One day, 2 friends met."  # text that any tokenizer has to take
 _LOCAL_PREFIXES = (".", "/", "~")
 
 
@@ -99,6 +100,8 @@ def load_dense_or_mod(
     _check_keys(str(path_or_hub_id), info)
     _put_on_adapter(model, source)
     check_loaded(str(path_or_hub_id), model, tokenizer)
+    with _sentence(f"the tokenizer of {path_or_hub_id} fails"):
+        tokenizer.decode(tokenizer(_PROBE)["input_ids"])
     model.eval()
     if quantization is not None or getattr(config, "quantization_config", None):
         _try_quantized(model, quantization or "quantised")
@@ -112,7 +115,9 @@ def _sentence(what: str) -> Iterator[None]:
         yield
     except LoadError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not foreseen(error):
+            raise
         raise LoadError(f"{what} ({first_line(error)})") from error
 
 

@@ -310,7 +310,9 @@ def test_an_unknown_quantization_is_refused(folder):
 @pytest.mark.parametrize(
     "template",
     ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ nothing.at.all }}",
-     "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "{{ raise_exception('no') }}"],
+     "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "{{ raise_exception('no') }}", "{{ 9 ** 9 ** 9 }}",
+     "{{ 3**20000 > 0 }}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+     "{{ 'a' * 999_999_999 }}", "{{ 0x7fffffff*'a' }}"],
 )
 def test_a_template_that_fails_or_never_ends_is_told(template):
     """In a sentence, and what else traces the thread goes on."""
@@ -327,3 +329,5 @@ def test_a_chat_is_written_as_its_template_says():
     assert written(tokenizer, messages) == "a\n\nb"
     tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{{ '>' * add_generation_prompt }}"
     assert written(tokenizer, messages) == "[a][b]>"
+    tokenizer.chat_template = "**Rules** * 99999 {{ '-' * 9 }}{{ 2 * (1 + messages | length) }}"
+    assert written(tokenizer, messages) == "**Rules** * 99999 ---------6"

@@ -176,8 +176,8 @@ class Library:
             place = self._fetch(key, job)  # a download keeps no other load waiting
             with self._turn:
                 self._put(key, self._load(key, place))
-        except Exception as error:
-            sentence = sentence_of(error)
+        except BaseException as error:  # whoever waits must hear of it
+            sentence = sentence_of(error) if isinstance(error, Exception) else None
             job.error = sentence or f"{key} could not be loaded: {type(error).__name__}."
             if sentence is None:
                 raise

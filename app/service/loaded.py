@@ -18,6 +18,8 @@ from modification.measure.cost import ModelShape
 from modification.measure.estimate import kv_bytes
 from modification.storage import SPARE
 
+_CONTEXT = 2048  # tokens, of models that know no bound
+
 
 @dataclass(slots=True)
 class Loaded:
@@ -69,4 +71,4 @@ class Loaded:
     @property
     def context(self) -> int:
         """Longest prompt plus continuation, in tokens."""
-        return int(self.model.config.max_position_embeddings)
+        return int(getattr(self.model.config, "max_position_embeddings", None) or _CONTEXT)

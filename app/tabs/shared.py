@@ -14,6 +14,7 @@ import gradio as gr
 from app.errors import UserError
 from app.present import loading_sentence, waiting_sentence
 from app.service import Update, sentence_of
+from modification.errors import foreseen
 
 OOPS = "Something went wrong here; the model is free again. Check the settings and try once more."
 
@@ -67,7 +68,7 @@ def waiting(update: Update, model: str) -> str | None:
     return None
 
 
-def told(error: Exception, what: str) -> str:
+def told(error: BaseException, what: str) -> str:
     """A sentence for the user, whatever happened; the log has the cause of what was not foreseen."""
     if (sentence := sentence_of(error)) is not None:
         return sentence
@@ -80,7 +81,9 @@ def sentences(what: str) -> Iterator[None]:
     """Whatever goes wrong inside, the page or the program gets a sentence, as Gradio's own error."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not foreseen(error):
+            raise
         raise gr.Error(told(error, what), print_exception=False) from error
 
 
@@ -92,7 +95,9 @@ def answered(failed: Callable[[str], Any]) -> Callable[[Callable[..., Any]], Cal
         def safe(*arguments: Any) -> Any:
             try:
                 return handler(*arguments)
-            except Exception as error:
+            except BaseException as error:
+                if not foreseen(error):
+                    raise
                 return failed(status(told(error, handler.__name__), error=True))
 
         return safe
@@ -108,7 +113,9 @@ def guarded(failed: Callable[[str], Any]) -> Callable[[Callable[..., Iterator[An
         def safe(*arguments: Any) -> Iterator[Any]:
             try:
                 yield from handler(*arguments)
-            except Exception as error:
+            except BaseException as error:
+                if not foreseen(error):
+                    raise
                 yield failed(status(told(error, handler.__name__), error=True))
 
         return safe
