@@ -162,13 +162,14 @@ def _serve(service: Service, arguments: argparse.Namespace) -> None:
         signal.signal(number, lambda *_: asked.set())
     logging.getLogger("uvicorn.access").addFilter(Quiet())
     demo, traffic = ui.build(service, ASSETS), Traffic()
+    calls = Calls(demo, service.limits.longest_text)
     demo.launch(
         server_name=arguments.host, server_port=arguments.port, css=css(), theme=_theme(), footer_links=["api"],
         share=False, ssr_mode=False,  # whatever the environment says: nothing goes round the guard
         max_file_size=service.limits.file_bytes, state_session_capacity=PAGES, mcp_server=arguments.mcp,
         prevent_thread_lock=True,
         max_threads=2 * (service.limits.running + service.limits.waiting) + 40,  # a program's call holds one all along
-        app_kwargs={"middleware": [Middleware(Guard, service=service, traffic=traffic, calls=Calls(demo))]},
+        app_kwargs={"middleware": [Middleware(Guard, service=service, traffic=traffic, calls=calls)]},
     )
     asked.wait()
     print("Ending: answers under way are finished, at most so many seconds:", PATIENCE, flush=True)

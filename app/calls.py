@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ class Calls:
 
     Args:
         demo: the app, whole.
+        longest: characters of the longest text that is anywhere in a call. Gradio keeps what comes for each session.
     """
 
-    def __init__(self, demo: gr.Blocks) -> None:
+    def __init__(self, demo: gr.Blocks, longest: int = 1_000_000) -> None:
+        self._longest = longest
         self._by_number = {number: _Takes(fn) for number, fn in demo.fns.items()}
         self._by_name = {str(fn.api_name): _Takes(fn) for fn in demo.fns.values() if fn.api_name}
         named = demo.get_api_info()["named_endpoints"]
@@ -53,6 +56,8 @@ class Calls:
             return None
         if not _writable(call):
             return "There is half a character (a lone surrogate) in it."
+        if (length := _longest_text(call)) > self._longest:
+            return f"A text of {length:,} characters came; at most {self._longest:,} are read. Shorten it."
         if found["keyed"]:
             return self._keyed(found["keyed"], call)
         if not isinstance(call.get("data"), list):
@@ -143,13 +148,21 @@ def _writable(value: Any) -> bool:
 
 def _holds_file(value: Any) -> bool:
     """Whether there is a file, as Gradio writes them, anywhere in a value."""
+    tables = (one for one in _parts(value) if isinstance(one, dict))
+    return any(one.get("path") is not None and isinstance(one.get("meta"), dict) for one in tables)
+
+
+def _longest_text(value: Any) -> int:
+    """Characters of the longest text anywhere in a value."""
+    return max((len(one) for one in _parts(value) if isinstance(one, str)), default=0)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A value and all that is in it, names of fields apart."""
     left = [value]
     while left:
-        one = left.pop()
+        yield (one := left.pop())
         if isinstance(one, dict):
-            if one.get("path") is not None and isinstance(one.get("meta"), dict):
-                return True
             left.extend(one.values())
         elif isinstance(one, list):
             left.extend(one)
-    return False

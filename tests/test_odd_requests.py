@@ -271,6 +271,23 @@ def test_calls_that_fit_pass(service):
             assert said("queue/join", {"data": data, "fn_index": number, "session_hash": "s"}) is None
 
 
+def test_texts_are_bounded_wherever_they_are(service):
+    """Before Gradio keeps them for a session."""
+    calls = Calls(ui.build(service), 1000)
+    for number in (0, 10**6):
+        for value in ("a" * 1001, [{"a": ["b" * 1001]}]):
+            call = {"data": [value], "fn_index": number, "session_hash": "s"}
+            said = calls.complaint("/gradio_api/queue/join", json.dumps(call).encode())
+            assert said == "A text of 1,001 characters came; at most 1,000 are read. Shorten it."
+
+
+@pytest.mark.parametrize("path", ["process_recording", "deep_link", "run-history/list", "process_recording/"])
+def test_what_nobody_needs_is_closed(address, path):
+    """Of Gradio's own."""
+    for method in ("GET", "POST"):
+        assert httpx.request(method, f"{address}/gradio_api/{path}", timeout=20).status_code == 404
+
+
 def uploaded(path: str) -> dict:
     """A file as a page names it."""
     return {"path": path, "orig_name": "a.json", "meta": {"_type": "gradio.FileData"}}
@@ -294,6 +311,9 @@ def test_a_file_in_a_call_is_one_that_was_uploaded_here(address, service, path, 
                 assert (answer.status_code, "an uploaded file" in answer.text) == (422, True)
                 tried += 1
     assert tried >= 2
+    call = {"data": [uploaded(path)], "fn_index": 10**6, "session_hash": "s"}  # as of a session's own control
+    answer = httpx.post(f"{address}/gradio_api/queue/join", json=call, timeout=20)
+    assert (answer.status_code, "none is taken" in answer.text) == (422, True)
     assert not fetched
 
 

@@ -36,6 +36,13 @@ class Options:
         return best if self.device in (None, "auto") else str(self.device)
 
     @property
+    def places(self) -> list[str]:
+        """All devices whose memory it may take."""
+        if self.device != "auto":
+            return [self.place]
+        return [*(f"cuda:{at}" for at in range(torch.cuda.device_count())), "cpu"]
+
+    @property
     def spread(self) -> Any:
         """The device map."""
         return "auto" if self.device == "auto" else {"": self.place}

@@ -268,4 +268,4 @@ class _Job:
 
 def _needs(place: str, options: Options) -> tuple[int, int]:
     taken = weight_bytes(place, DTYPES.get(options.dtype or ""), options.quantization)
-    return int(taken * _LOAD_ROOM), available_bytes(options.place)
+    return int(taken * _LOAD_ROOM), sum(map(available_bytes, options.places))

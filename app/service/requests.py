@@ -59,11 +59,21 @@ class Limits:
     free_models: bool = True
     convert: bool = True
 
+    @property
+    def longest_prompt(self) -> int:
+        """In characters."""
+        return max(self.prompt_characters, _CHARACTERS * self.prompt_tokens)
+
+    @property
+    def longest_text(self) -> int:
+        """Characters of the longest text that any field takes."""
+        return max(self.longest_prompt, self.text_characters)
+
     def check_prompt(self, prompt: str) -> str:
         """The prompt without blanks at its ends; UserError if it is empty or overlong."""
         if not isinstance(prompt, str) or not prompt:
             raise UserError("The prompt is empty. Type something, or pick an example.")
-        if len(prompt) > (most := max(self.prompt_characters, _CHARACTERS * self.prompt_tokens)):  # before anything
+        if len(prompt) > (most := self.longest_prompt):  # before anything
             raise UserError(f"The prompt has {len(prompt):,} characters; at most {most:,} are read. Shorten it.")
         try:
             prompt.encode()

@@ -7,6 +7,7 @@ so the ratio of two times says more than the times do. Every figure here is an e
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,8 @@ def _on_paper(config: Any) -> nn.Module:
     if config.model_type.startswith(PREFIX):
         fields = {name: value for name, value in config.to_dict().items() if name not in ("mod", "model_type")}
         config = AutoConfig.for_model(config.model_type.removeprefix(PREFIX), **fields)
+    config = copy.deepcopy(config)
+    config.dtype = None  # or torch's default would be another meanwhile, for all threads
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model

@@ -56,8 +56,9 @@ def available_bytes(device: str | None = None) -> int:
     In a container, what its own limit leaves, if that is less. Where the system can't tell, the answer is a very large
     number.
     """
-    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.exists() else []
     free = next((int(line.split()[1]) * _KIB for line in lines if line.startswith("MemAvailable:")), 1 << 62)
