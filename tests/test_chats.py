@@ -73,8 +73,8 @@ def test_a_cached_conversation_says_what_a_fresh_one_with_the_same_tokens_says(f
 
     talk(service, "Hello", "More")
     thread = service.talks.store.of("one").threads[1]
-    ids = thread.seen[-2][1]  # all that was there before the last answer
-    answer = thread.seen[-1][1][len(ids) :]
+    ids = thread.ids[: thread.ends[-2][1]]  # all that was there before the last answer
+    answer = thread.ids[len(ids) :]
     model, _ = load(folders["tiny-MoD"])
     fresh = [s.token for s in generate(model, ids, p=0.5, max_new_tokens=12, temperature=1.0, top_p=0.95, seed=3)]
     assert fresh[1:] == answer

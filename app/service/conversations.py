@@ -33,32 +33,43 @@ class Turn:
 
 @dataclass(slots=True)
 class Side:
-    """One side of a conversation: its model and what its cache was filled with."""
+    """One side of a conversation: its model and what its cache was filled with.
+
+    Attributes:
+        text, ids: the conversation as it was last written, and its tokens.
+        ends: where prompts and answers end, in characters and in tokens.
+    """
 
     loaded: Loaded
     cache: Any
-    seen: list[tuple[str, list[int]]] = field(default_factory=list)  # texts of the conversation and their tokens
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    ends: list[tuple[int, int]] = field(default_factory=list)
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of the messages; those seen before stay the tokens they were."""
         tokenizer = self.loaded.tokenizer
         whole = written(tokenizer, messages)
-        self.seen = [(text, ids) for text, ids in self.seen if whole.startswith(text)]
-        text, ids = self.seen[-1] if self.seen else ("", [])
-        plain = tokenizer.chat_template or ids  # a text without a template gets the tokenizer's own start
-        fresh = tokenizer(whole[len(text) :], add_special_tokens=not plain)["input_ids"]
-        self.seen.append((whole, [*ids, *fresh]))
-        return self.seen[-1][1]
+        self.ends = [(end, tokens) for end, tokens in self.ends if whole.startswith(self.text[:end])]
+        characters, tokens = self.ends[-1] if self.ends else (0, 0)
+        plain = tokenizer.chat_template or tokens  # a text without a template gets the tokenizer's own start
+        fresh = tokenizer(whole[characters:], add_special_tokens=not plain)["input_ids"]
+        self._go_on(whole, [*self.ids[:tokens], *fresh])
+        return self.ids
 
     def said(self, text: str, tokens: list[int]) -> None:
         """Remember an answer to the last prompt as the tokens it was made of."""
         if tokens:
-            self.seen.append((self.seen[-1][0] + text, self.seen[-1][1] + tokens))
+            self._go_on(self.text + text, self.ids + tokens)
+
+    def _go_on(self, text: str, ids: list[int]) -> None:
+        self.text, self.ids = text, ids
+        self.ends.append((len(text), len(ids)))
 
     def close(self) -> None:
         """Free the cache."""
         self.cache.reset()
-        self.seen = []
+        self.text, self.ids, self.ends = "", [], []
 
 
 @dataclass(slots=True)

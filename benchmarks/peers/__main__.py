@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers.engine import Settings
+from benchmarks.peers.engine import QUANTISED, Settings
 from benchmarks.peers.files import DTYPES
 from benchmarks.peers.gather import gather
 from benchmarks.peers.host import cores, first_line, say
@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
-    print(table(rows), end="\n\n")
+    for quantised in (False, True):
+        if some := [row for row in rows if row.engine.endswith(QUANTISED) is quantised]:
+            print(table(some), end="\n\n")
     for name, why in (peers.missing | peers.refused).items():
         print(f"{name}: {why}", end="\n\n")
     line = json.dumps(report(settings, peers, rows))

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 FloatArray = npt.NDArray[np.float32]
 
+QUANTISED = ("q8_0", "q4_0")  # how the names of engines with such weights end
 CHECK = (24, 8)  # tokens of the check: a prompt, then single ones
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.peers.engine import Engine, Fed, FloatArray, Settings
+from benchmarks.peers.engine import QUANTISED, Engine, Fed, FloatArray, Settings
 from benchmarks.peers.files import made
 
 
@@ -182,5 +182,5 @@ def llama_engines(model: Any, settings: Settings, store: Path) -> list[Engine]:
     """llama.cpp on the weights in each type asked for."""
     import llama_cpp  # noqa: F401  (before files are written for it)
 
-    kinds = (settings.dtype, *(("q8_0", "q4_0") if settings.quantised else ()))
+    kinds = (settings.dtype, *(QUANTISED if settings.quantised else ()))
     return [LlamaCpp(made(store / f"{kind}.gguf", write_gguf, model, kind), kind, settings) for kind in kinds]

@@ -19,6 +19,7 @@ from modification.measure.estimate import config_of, devices, estimate, own_laye
 from modification.measure.plots import plot
 from modification.model import MoDModel
 
+_ROUNDS = 5  # of a bench, at least, for medians with a spread
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -33,7 +34,7 @@ def add(commands: Any) -> None:
     time.add_argument("--ragged", action="store_true", help="a batch's prompts have from a context down to half of it")
     time.add_argument("--load", default="1,0.5,0.25", help="loads of the MoD layers (default: %(default)s)")
     time.add_argument("--new-tokens", type=int, default=64, help="decode steps a round (default: %(default)s)")
-    time.add_argument("--rounds", type=int, default=5, help="rounds after one to warm up (default: %(default)s)")
+    time.add_argument("--rounds", type=int, default=_ROUNDS, help="rounds after one to warm up (default: %(default)s)")
     time.add_argument("--layers", default="inner", help="MoD layers of a --random or dense model (default: inner)")
     time.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: as in the files; --random: fp32)")
     time.add_argument("--quantization", choices=["4bit", "8bit"], help="bitsandbytes weights; routers stay as they are")
@@ -64,7 +65,8 @@ def _bench(arguments: argparse.Namespace) -> None:
             path.mkdir(parents=True, exist_ok=True)
     parent, model = _pair(arguments)
     note = executor_of(model).note
-    print(f"{machine(model.device)}; {model.dtype}; {note}", flush=True)
+    rough = ", too few to rely on: take five" if arguments.rounds < _ROUNDS else ""
+    print(f"{machine(model.device)}; {model.dtype}; {note}; medians of {arguments.rounds} rounds{rough}", flush=True)
     results = bench(
         model, parent, contexts=numbers("--contexts", arguments.contexts, int),
         batches=numbers("--batch", arguments.batch, int), loads=numbers("--load", arguments.load, float),
