@@ -180,7 +180,7 @@ def _soon(receive: Receive, seconds: float) -> Receive:
     async def received() -> Message:
         try:
             return await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
-        except TimeoutError:
+        except asyncio.TimeoutError:
             return {"type": "http.disconnect"}
 
     return received

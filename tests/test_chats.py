@@ -1,5 +1,6 @@
 """Chats: two sides, caches that live between turns, turns that can be taken back."""
 
+import gc
 import json
 import threading
 import time
@@ -65,6 +66,18 @@ def test_the_next_turn_prefills_only_what_is_new(service):
     for side in (0, 1):
         assert first["figures"][side]["prefilled"] > second["figures"][side]["prefilled"]
         assert second["figures"][side]["prefilled"] <= added
+
+
+def test_a_chat_keeps_no_model_that_was_let_go(service):
+    """Its next message loads the model again, and the chat goes on."""
+    talk(service, "Hello")
+    held = [side.held for side in service.talks.store.of("one").threads]
+    assert all(ref() is not None for ref in held)
+    service.library._let_go()
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]
+    talk(service, "More")
+    assert all(side.held() is not None for side in service.talks.store.of("one").threads)
 
 
 def test_a_cached_conversation_says_what_a_fresh_one_with_the_same_tokens_says(folders, service):

@@ -88,10 +88,10 @@ def _seat(conversation: Conversation, models: tuple[Loaded, Loaded]) -> None:
     """A thread for each model; one whose model was loaded anew starts over."""
     for at, loaded in enumerate(models):
         if len(conversation.threads) <= at:
-            conversation.threads.append(Side(loaded, loaded.model.new_cache()))
-        elif conversation.threads[at].loaded is not loaded:
+            conversation.threads.append(Side.of(loaded))
+        elif conversation.threads[at].held() is not loaded:
             conversation.threads[at].close()
-            conversation.threads[at] = Side(loaded, loaded.model.new_cache())
+            conversation.threads[at] = Side.of(loaded)
 
 
 class Answer:

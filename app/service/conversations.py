@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,18 +34,32 @@ class Turn:
 
 @dataclass(slots=True)
 class Side:
-    """One side of a conversation: its model and what its cache was filled with.
+    """One side of a conversation: its cache and what that was filled with.
+
+    A model that is let go is not kept by chats that it once was part of.
 
     Attributes:
         text, ids: the conversation as it was last written, and its tokens.
         ends: where prompts and answers end, in characters and in tokens.
     """
 
-    loaded: Loaded
+    held: weakref.ref[Loaded]
     cache: Any
     text: str = ""
     ids: list[int] = field(default_factory=list)
     ends: list[tuple[int, int]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> Side:
+        """An empty one."""
+        return cls(weakref.ref(loaded), loaded.model.new_cache())
+
+    @property
+    def loaded(self) -> Loaded:
+        """Its model, which is lent while an answer is made."""
+        found = self.held()
+        assert found is not None
+        return found
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of the messages; those seen before stay the tokens they were."""

@@ -21,7 +21,7 @@ from modification.storage import SPARE
 _CONTEXT = 2048  # tokens, of models that know no bound
 
 
-@dataclass(slots=True)
+@dataclass  # no slots: chats hold it weakly
 class Loaded:
     """A model in memory, shared between users; ``lock`` gives one step at a time."""
 
