@@ -159,6 +159,30 @@ def test_a_config_that_leads_elsewhere_is_refused(folder, said, sentence):
     assert time.monotonic() - before < 2
 
 
+@pytest.mark.parametrize("said", [
+    {"n_layers": 10**9}, {"decoder_layers": 10**9}, {"text_config": {"num_hidden_layers": 10**9}},
+    {"num_hidden_layers": "1000000000"}, {"num_hidden_layers": 1e9}, {"num_local_experts": 10**9},
+    {"eos_token_id": [[1]]}, {"bos_token_id": "one"},
+])
+def test_counts_that_no_model_has_are_refused_at_once(folder, said):
+    """Wherever they stand, and of whatever type they are."""
+    edit(folder / "config.json", lambda config: {**config, **said})
+    name = next(iter(said)) if "text_config" not in said else "num_hidden_layers"
+    assert f"says {name} = " in attempt(folder)
+
+
+@pytest.mark.parametrize("change", [
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+    {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}],
+                        "pair": [{"Sequence": {"id": "A", "type_id": 0}}], "special_tokens": {}}},
+    {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+])
+def test_a_tokenizer_that_panics_has_its_sentence(folder, change):
+    """Which is no Exception of Python's."""
+    edit(folder / "tokenizer.json", lambda tokenizer: {**tokenizer, **change})
+    assert "tokenizer" in attempt(folder)
+
+
 def test_a_shape_of_endless_layers_is_not_estimated(folder):
     """It would be built, layer by layer."""
     edit(folder / "config.json", lambda config: config.update(num_hidden_layers=2_000_000))
