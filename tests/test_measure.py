@@ -147,9 +147,34 @@ def test_estimates_of_unknown_and_expert_models_are_refused(tmp_path):
     """By name, with what there is."""
     with pytest.raises(ValueError, match=r"'llama-9'.*llama-2-7b"):
         config_of("llama-9")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "num_local_experts": 8}))
-    with pytest.raises(ValueError, match="mixture of experts"):
-        config_of(str(tmp_path))
+    for said, why in (
+        ({"num_experts_per_tok": 0}, "does not say how many a token meets"),
+        ({"mlp_only_layers": [0], "num_hidden_layers": 4, "model_type": "qwen3_moe"}, "of unlike sizes"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "num_local_experts": 8, **said}))
+        with pytest.raises(ValueError, match=why):
+            estimate(config_of(str(tmp_path)), context=10)
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe", "olmoe"])
+def test_a_mixture_of_experts_is_estimated(variant):
+    """All its weights are held, and those that a token meets are read; with many rows, all of them."""
+    model = dense_model(variant)
+    alone, many = (estimate(model.config, context=64, batch=rows, load=0.5, dtype=torch.float32) for rows in (1, 999))
+    assert alone.dense.weights == 4 * sum(p.numel() for p in model.parameters())
+    layer = next(layer for layer in model.model.layers)
+    stacked = [p for p in layer.parameters() if p.dim() == 3]
+    met = model.config.num_experts_per_tok / len(stacked[0])
+    idle = 4 * DEPTH * sum(p.numel() for p in stacked) * (1 - met)
+    assert 0 < met < 1
+    cache = 4 * 64 * DEPTH * alone_entry(model)
+    assert many.dense.decode_bytes - 999 * cache - (alone.dense.decode_bytes - cache) == pytest.approx(idle, rel=0.01)
+    assert alone.mod.decode_bytes < alone.dense.decode_bytes
+
+
+def alone_entry(model):
+    """Numbers in a token's keys and values in a layer."""
+    return ModelShape.from_config(model.config, model.model.layers[0], ()).entry_width
 
 
 def test_work_is_the_same_for_every_side():

@@ -29,13 +29,15 @@ class ModelShape:
     Attributes:
         depth: decoder layers.
         mod_layers: indices of the routed ones.
-        layer_weights: weights in one layer's matrices.
+        layer_weights: weights in one layer's matrices; of its experts, if it has any, those that one token meets.
         head_weights: weights of the output head.
         attention_width: query heads times head width.
         router_weights: weights of one router.
         keep: whether skipped tokens' keys and values are kept (``kv="keep"``).
         kv_weights: weights of one layer's key and value projections.
         entry_width: numbers in one token's keys and values in one layer.
+        expert_weights: the experts' share of ``layer_weights``.
+        expert_share: of all experts, those that one token meets.
     """
 
     depth: int
@@ -47,6 +49,8 @@ class ModelShape:
     keep: bool = False
     kv_weights: int = 0
     entry_width: int = 0
+    expert_weights: int = 0
+    expert_share: float = 1.0
 
     @classmethod
     def of(cls, model: Any) -> ModelShape:
@@ -67,14 +71,15 @@ class ModelShape:
             p.numel() for n, p in layer.named_parameters()
             if p.dim() == 2 and not n.startswith("router.") and "lora_" not in n
         )
-        weights += _expert_weights(config, layer)
+        experts, share = _experts(config, layer)
+        weights += experts
         entry = entry_width(config)
         return cls(
             depth=config.num_hidden_layers, mod_layers=tuple(mod_layers), layer_weights=weights,
             head_weights=config.vocab_size * config.hidden_size,
             attention_width=config.num_attention_heads * head_width(config),
             router_weights=config.hidden_size, keep=keep, kv_weights=config.hidden_size * entry,
-            entry_width=entry,
+            entry_width=entry, expert_weights=experts, expert_share=share,
         )
 
     def prefill_flops(self, tokens: int, ran: Sequence[int] | None = None) -> int:
@@ -108,13 +113,14 @@ class ModelShape:
         return layers + itemsize * (self.head_weights + int((entries * runs).sum()) * self.entry_width) + routers
 
 
-def _expert_weights(config: Any, layer: Any) -> int:
-    """Weights of the experts that one token meets in a mixture-of-experts layer; they come stacked, [E, ., .]."""
+def _experts(config: Any, layer: Any) -> tuple[int, float]:
+    """Weights of the experts that one token meets in a mixture-of-experts layer, and their share of all; they come
+    stacked, [E, ., .]."""
     stacked: list[Any] = [p for p in layer.parameters() if p.dim() == 3]
     if not stacked:
-        return 0
+        return 0, 1.0
     each: int = sum(p.numel() // len(p) for p in stacked)
-    return each * int(config.num_experts_per_tok)
+    return each * int(config.num_experts_per_tok), config.num_experts_per_tok / len(stacked[0])
 
 
 @dataclass(slots=True)

@@ -28,6 +28,7 @@ from modification.storage import SPARE
 
 MOST_LAYERS = 2048  # of a model on paper, which is built layer by layer
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -115,9 +116,8 @@ def config_of(source: str) -> Any:
         config: Any = _read(str(path) if there else source)
     else:
         config = preset(source)
-    experts = next((name for name in ("num_experts", "num_local_experts") if getattr(config, name, None)), None)
-    if experts:
-        raise ValueError(f"{source} is a mixture of experts ({experts} = {getattr(config, experts)}): not estimated")
+    if any(getattr(config, name, None) for name in _EXPERTS) and not getattr(config, "num_experts_per_tok", None):
+        raise ValueError(f"{source} is a mixture of experts that does not say how many a token meets: not estimated")
     return config
 
 
@@ -160,7 +160,10 @@ def estimate(
     mod_layers = MoDConfig(layers=layers).layer_indices(config.num_hidden_layers)
     parent = _on_paper(config)
     weights = sum(p.numel() for p in parent.parameters())
-    shape = ModelShape.from_config(config, _layers_of(parent, config)[0], mod_layers)
+    stack = _layers_of(parent, config)
+    if len({sum(p.numel() for p in layer.parameters()) for layer in stack}) > 1:
+        raise ValueError("its layers are of unlike sizes (experts in some of them, say): not estimated")
+    shape = ModelShape.from_config(config, stack[0], mod_layers)
     machine = device or devices()["h200"]
     sides = [
         _cost(shape, weights, config, context, batch, share, dtype.itemsize, machine) for share in (None, load)
@@ -205,6 +208,8 @@ def activation_bytes(config: Any, shape: ModelShape, context: int, itemsize: int
     that saves.
     """
     inner: int = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    if shape.expert_weights:
+        inner = (getattr(config, "moe_intermediate_size", None) or inner) * config.num_experts_per_tok
     head = shape.attention_width // config.num_attention_heads
     wide = 3 * inner + 5 * config.hidden_size + 2 * shape.attention_width + shape.entry_width + 4 * head
     return int(min(context, CHUNK) * wide * itemsize + 4 * config.vocab_size)
@@ -226,10 +231,14 @@ def _cost(
     # A token runs with probability `share` and then meets that share of the context.
     step = plain * layer_flops(shape, 1, context) + 2 * shape.head_weights
     step += round(routed * share * layer_flops(shape, 1, round(share * context)))
-    # A layer's weights are read if any row runs it.
-    layers_read = plain + routed * (1 - (1 - share) ** batch)
+    # A layer's weights are read if any row runs it, an expert's if any of these rows meets it.
+    common, experts = shape.layer_weights - shape.expert_weights, shape.expert_weights / shape.expert_share
+    read = sum(
+        count * (common * (1 - (1 - runs) ** batch) + experts * (1 - (1 - runs * shape.expert_share) ** batch))
+        for count, runs in ((plain, 1.0), (routed, share))
+    )
     entries = batch * context * (plain + routed * share * share)
-    traffic = round(itemsize * (layers_read * shape.layer_weights + shape.head_weights + entries * shape.entry_width))
+    traffic = round(itemsize * (read + shape.head_weights + entries * shape.entry_width))
     router_bytes = 4 * routed * (shape.router_weights + 1)
     peak = device.flops if itemsize < 4 else device.flops32
     prefill_times = prefill / peak, (itemsize * weights + router_bytes) / device.bandwidth
