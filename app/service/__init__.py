@@ -9,5 +9,6 @@ from app.service.faults import sentence_of
 from app.service.requests import Limits, Request, number
 from app.service.runs import Update
 from app.service.zero import Zero, gpu_decorator
+from modification.errors import foreseen
 
-__all__ = ["Limits", "Request", "Service", "Update", "Zero", "gpu_decorator", "number", "sentence_of"]
+__all__ = ["Limits", "Request", "Service", "Update", "Zero", "foreseen", "gpu_decorator", "number", "sentence_of"]

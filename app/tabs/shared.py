@@ -13,8 +13,7 @@ import gradio as gr
 
 from app.errors import UserError
 from app.present import loading_sentence, waiting_sentence
-from app.service import Update, sentence_of
-from modification.errors import foreseen
+from app.service import Update, foreseen, sentence_of
 
 OOPS = "Something went wrong here; the model is free again. Check the settings and try once more."
 
