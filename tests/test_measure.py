@@ -62,6 +62,21 @@ def test_dense_flops_are_those_torch_counts():
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+@pytest.mark.parametrize("load", [None, 1.0])
+def test_estimated_decode_steps_are_those_torch_counts(load):
+    """Within 2%: FLOPs of one token after 199, and the bytes that a step of as many entries reads."""
+    model, ids = wide_model(), tokens(1, 200)
+    cache, side = model.new_cache(), "dense" if load is None else "mod"
+    Stock(model, "test").prefill(ids[0, :199], cache, 0.0)
+    with FlopCounterMode(display=False) as counter:
+        Stock(model, "test").decode([int(ids[0, 199])], [cache], [0.0])
+    found = getattr(estimate(model.config, context=200, load=load or 0.5, dtype=torch.float32), side)
+    assert found.decode_flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+    entries = np.full((DEPTH, 1), 200)
+    ran = None if load is None else np.ones((len(model.mod_layers), 1), bool)
+    assert found.decode_bytes == pytest.approx(ModelShape.of(model).decode_bytes(4, entries, ran), rel=0.02)
+
+
 def test_decode_bytes_by_hand():
     """Two layers, one of them routed; two rows of which one runs there."""
     shape = ModelShape(
