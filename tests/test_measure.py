@@ -19,7 +19,7 @@ from modification.executor import Stock, base
 from modification.measure import bench as bench_module
 from modification.measure.bench import bench, dense_twin, random_pair, table
 from modification.measure.cost import ModelShape
-from modification.measure.estimate import config_of, devices, estimate
+from modification.measure.estimate import config_of, devices, estimate, own_layers
 from modification.measure.memory import Peak, trim
 from modification.measure.presets import preset, presets
 from modification.measure.speed import Work, threshold_for, time_bare, time_engine, time_stock
@@ -185,6 +185,17 @@ def test_a_mixture_of_experts_is_estimated(variant):
     cache = 4 * 64 * DEPTH * alone_entry(model)
     assert many.dense.decode_bytes - 999 * cache - (alone.dense.decode_bytes - cache) == pytest.approx(idle, rel=0.01)
     assert alone.mod.decode_bytes < alone.dense.decode_bytes
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_converted_model_is_estimated_as_its_parent(saved, tmp_path):
+    """From memory and from a folder: no router among the dense parent's weights."""
+    dense = dense_model("llama")
+    expected = estimate(dense.config, context=64)
+    mod = convert(dense_model("llama"), MoDConfig(layers=[1, 3]))
+    config = config_of(str(save_folder(mod, tmp_path / "mod"))) if saved else mod.config
+    assert own_layers(config) == (1, 3)
+    assert estimate(config, context=64) == expected
 
 
 def alone_entry(model):

@@ -123,7 +123,7 @@ def config_of(source: str) -> Any:
 
 def own_layers(config: Any) -> Any:
     """The MoD layers that a converted model's config names; the inner ones of a dense model."""
-    return MoDConfig.from_dict(config.mod).layers if config.model_type.startswith(PREFIX) else "inner"
+    return MoDConfig.from_dict(config.mod).layers if getattr(config, "mod", None) else "inner"
 
 
 def _read(source: str) -> Any:
@@ -257,7 +257,7 @@ def _bound(times: tuple[float, float]) -> str:
 
 def _on_paper(config: Any) -> nn.Module:
     """The dense model on the meta device: shapes without memory."""
-    if config.model_type.startswith(PREFIX):
+    if getattr(config, "mod", None):  # converted in memory, its type may still be the parent's
         fields = {name: value for name, value in config.to_dict().items() if name not in ("mod", "model_type")}
         config = AutoConfig.for_model(config.model_type.removeprefix(PREFIX), **fields)
     config = copy.deepcopy(config)
