@@ -177,7 +177,7 @@ class Library:
             with self._turn:
                 self._put(key, self._load(key, place))
         except BaseException as error:  # whoever waits must hear of it
-            sentence = sentence_of(error) if isinstance(error, Exception) else None
+            sentence = sentence_of(error)
             job.error = sentence or f"{key} could not be loaded: {type(error).__name__}."
             if sentence is None:
                 raise

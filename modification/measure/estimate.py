@@ -27,8 +27,8 @@ from modification.measure.presets import preset
 from modification.storage import SPARE
 
 MOST_LAYERS = 2048  # of a model on paper, which is built layer by layer
-
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
