@@ -25,6 +25,7 @@ class Buffer:
         self.start = self.end = self.capacity = self.leading = 0
         self.entry_bytes = 0  # of the keys and values at one place, over all leading dimensions
         self.place_bytes = 0  # that a place takes, in use or not
+        self.dtype: torch.dtype | None = None
         self._addresses: tuple[int, int, int | None] = (0, 0, None)
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -58,6 +59,17 @@ class Buffer:
         length = self.length
         needed = length + count
         self._resize(needed + needed // SPARE, like if self._keys is None else self._keys)
+
+    def make_place(self, like: Tensor) -> None:
+        """Room for one more entry, shaped like keys [H, any, D], for kernels that write by address.
+
+        Raises:
+            ValueError: keys of another type are stored: such an entry would be written amid others.
+        """
+        if self.end == self.capacity:
+            self.reserve(1, self._shaped(like))
+        if self.dtype != like.dtype:
+            raise ValueError("the cache holds keys of another type than the model's: start from model.new_cache()")
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add entries [..., H, n, D]."""
@@ -120,7 +132,10 @@ class Buffer:
         self.capacity, self.leading = self._keys.shape[-2], self._keys.shape[0]
         self.entry_bytes = (self._keys.nbytes + self._values.nbytes) // max(1, self.capacity)
         self.place_bytes = self.entry_bytes
-        self._addresses = self._keys.data_ptr(), self._values.data_ptr(), None
+        self._addresses, self.dtype = (self._keys.data_ptr(), self._values.data_ptr(), None), self._keys.dtype
+
+    def _shaped(self, like: Tensor) -> Tensor:
+        return like[None]
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -188,6 +203,9 @@ class Row(Buffer):
     def _measure(self) -> None:
         super()._measure()
         self.place_bytes += _COLUMN_BYTES
+
+    def _shaped(self, like: Tensor) -> Tensor:
+        return like
 
     def _set_columns(self, columns: Tensor) -> None:
         self._columns = columns

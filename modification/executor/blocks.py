@@ -93,6 +93,12 @@ def stacked_routers(blocks: Sequence[Block], width: int) -> tuple[Tensor, Tensor
     return weights, torch.cat([router.bias.detach().float() for router in routers])
 
 
+def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers that the host knows, handed to a device without waiting for it."""
+    made = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+    return made.to(device, non_blocking=True)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, window: int | None = None) -> Tensor:
     """Causal attention of the newest N tokens over K stored ones, themselves last: -> [N, H * D].
 

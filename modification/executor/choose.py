@@ -62,7 +62,25 @@ def fast_executor(model: Any, routed: bool = True, compiled: bool | None = None)
         built, why = library()
         native = None if built is None else NativeDecoder(model, blocks, built)
     note = f"fast: {why}" if native is not None else f"fast: torch ({why})"
-    return Fast(model, blocks, native, note, model.device.type == "cuda" if compiled is None else compiled)
+    together, why = _together(model, blocks[0].head)
+    compiled = model.device.type == "cuda" if compiled is None else compiled
+    return Fast(model, blocks, native, note + why, compiled, together)
+
+
+def _together(model: Any, head: int) -> tuple[Any, str]:
+    """Attention of several rows in one launch, or None; and what is to be said about it. For GPUs."""
+    if model.device.type != "cuda":
+        return None, ""
+    config = model.config
+    try:
+        from modification.executor.ragged import ragged_attention
+
+        heads = config.num_attention_heads, config.num_key_value_heads
+        return ragged_attention(*heads, head, model.dtype, model.device), ""
+    except Exception as error:  # no Triton, or one that this device or its compiler can't serve
+        if out_of_memory(error):
+            raise
+        return None, f"; rows attend one by one ({first_line(error)})"
 
 
 def obstacle(model: Any) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,9 +19,12 @@ from torch import Tensor
 from modification.cache import RaggedCache
 from modification.config import Threshold, threshold_at
 from modification.executor.base import Executor, Pass
-from modification.executor.blocks import Block, Rotation, attend, has_onednn, stacked_routers
+from modification.executor.blocks import Block, Rotation, attend, has_onednn, stacked_routers, to_device
 from modification.executor.native import NativeDecoder, native_obstacle
 from modification.routing import OPEN, bend
+
+if TYPE_CHECKING:  # it needs Triton
+    from modification.executor.ragged import RaggedAttention
 
 PIECE = 512  # tokens that go through a layer's products together on a CPU
 
@@ -45,6 +48,15 @@ class _Piece:
             x.index_copy_(0, self.where[: self.count], rows[: self.count])
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the new token of each row stands: its column, for the host and on the device, and its rotation."""
+
+    columns: list[int]
+    there: Tensor
+    rotation: Rotation
+
+
 class Fast(Executor):
     """Runs a model's layers through :class:`Block`; on a CPU, decodes with compiled kernels.
 
@@ -53,14 +65,17 @@ class Fast(Executor):
         blocks: its layers; without routers it runs as its dense parent.
         native: kernels for decoding, or None to decode in torch.
         compiled: put ``torch.compile`` around the pieces of a layer (worth it on CUDA).
+        together: attention of several rows in one launch, or None for row by row.
     """
 
     name = "fast"
 
     def __init__(
-        self, model: Any, blocks: Sequence[Block], native: NativeDecoder | None, note: str, compiled: bool = False
+        self, model: Any, blocks: Sequence[Block], native: NativeDecoder | None, note: str, compiled: bool = False,
+        together: RaggedAttention | None = None,
     ) -> None:
         self.model, self.blocks, self.native, self.note = model, blocks, native, note
+        self.together = together
         self.base, self.anchors = model.model, model.mod_config.anchors
         self.on_cpu = model.device.type == "cpu"
         plain = not compiled and model.dtype == torch.float32 and native_obstacle(model, blocks) is None
@@ -168,9 +183,9 @@ class Fast(Executor):
             return self.native.decode(tokens, caches, p)
         device = self.model.device
         places = [cache.get_seq_length() for cache in caches]
-        columns = torch.tensor(places, device=device)
-        x = self.base.embed_tokens(torch.tensor(tokens, device=device))
-        rotation = self._rotation(x, columns)
+        x = self.base.embed_tokens(to_device(tokens, torch.int64, device))
+        there = to_device(places, torch.int64, device)
+        place = _Place(places, there, self._rotation(x, there))
         ahead: list[list[float]] | None = None  # every router's gates for x as it is, [B, M]
         scores, routed = np.empty((len(self.routers), len(tokens)), np.float32), list[list[bool]]()
         for index, block in enumerate(self.blocks):
@@ -184,27 +199,26 @@ class Fast(Executor):
                 routed.append(runs)
                 rows = [row for row in rows if runs[row]]
             if rows:
-                x, ahead = self._decode_layer(index, x, rows, columns, rotation, caches), None
+                x, ahead = self._decode_layer(index, x, rows, place, caches), None
         for cache in caches:
             cache.advance_all(1)
         return Pass(self._head(x), scores, np.array(routed, bool).reshape(scores.shape))
 
     def _decode_layer(
-        self, index: int, x: Tensor, rows: list[int], columns: Tensor, rotation: Rotation,
-        caches: Sequence[RaggedCache],
+        self, index: int, x: Tensor, rows: list[int], place: _Place, caches: Sequence[RaggedCache]
     ) -> Tensor:
         """x [B, W] with the rows given run through one layer, each over its own cache."""
         block, every = self.blocks[index], len(rows) == len(x)
-        where = None if every else torch.tensor(rows, device=x.device)
-        given, turned = (x, rotation) if every else (x[where], (rotation[0][where], rotation[1][where]))
-        q, k, v = self._project(block, given, turned)
-        mixed = []
-        for at, row in enumerate(rows):
-            one, store = slice(at, at + 1), caches[row].layers[index]
-            keys, values = store.add(k[:, one], v[:, one], columns[row : row + 1])
-            places = None if block.window is None else store.row_columns()
-            mixed.append(attend(q[:, one], keys, values, places, block.window))
-        y: Tensor = self._finish(block, given, torch.cat(mixed))
+        where = None if every else to_device(rows, torch.int64, x.device)
+        cos, sin = place.rotation
+        given, turned = (x, (cos, sin)) if where is None else (x[where], (cos[where], sin[where]))
+        (q, k, v), stores = self._project(block, given, turned), [caches[row].layers[index] for row in rows]
+        if self.together is not None and len(rows) > 1:
+            columns = [place.columns[row] for row in rows]
+            mixed = self.together(q, k, v, [store.row() for store in stores], columns, block.window)
+        else:
+            mixed = _one_by_one(block, (q, k, v), stores, [place.there[row : row + 1] for row in rows])
+        y: Tensor = self._finish(block, given, mixed)
         return y if where is None else x.index_copy(0, where, y)
 
     def _score(self, x: Tensor, which: slice = slice(None)) -> Tensor:
@@ -223,6 +237,17 @@ class Fast(Executor):
     def _rotation(self, x: Tensor, columns: Tensor) -> Rotation:
         cos, sin = self.base.rotary_emb(x, columns[None])
         return cos[0], sin[0]
+
+
+def _one_by_one(
+    block: Block, projected: Sequence[Tensor], stores: Sequence[Any], columns: Sequence[Tensor]
+) -> Tensor:
+    """Attention of new tokens [R, H * D], each over its own store."""
+    mixed = []
+    for at, (store, column) in enumerate(zip(stores, columns, strict=True)):
+        q, k, v = (part[:, at : at + 1] for part in projected)
+        mixed.append(_attend(block, q, store.add(k, v, column), store))
+    return torch.cat(mixed)
 
 
 def _attend(block: Block, q: Tensor, stored: tuple[Tensor, Tensor], store: Any) -> Tensor:

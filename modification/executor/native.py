@@ -30,7 +30,6 @@ from modification.config import Threshold, threshold_at
 from modification.executor.base import Pass
 from modification.executor.blocks import Block, stacked_routers
 from modification.routing import OPEN, bend_one
-from modification.storage import Row
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # Fast maths short of -ffast-math: that one would also change how the whole process treats denormals.
@@ -89,7 +88,6 @@ class NativeDecoder:
             int(model.dtype == torch.bfloat16),
         )
         self.head, self.norm = model.lm_head.weight.detach(), base.norm.weight.detach()
-        self.entry_bytes = 2 * kv_heads * head * model.dtype.itemsize
         self.like = torch.empty(kv_heads, 0, head, dtype=model.dtype)
 
     def decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
@@ -128,10 +126,7 @@ class NativeDecoder:
         return Pass(self._head(x), np.array(scores, np.float32).reshape(size), np.array(routed, bool).reshape(size))
 
     def _place(self, row: _Row, store: Any, index: int, column: int, window: int | None) -> None:
-        if store.end == store.capacity:
-            store.reserve(1, self.like if isinstance(store, Row) else self.like[None])
-        if store.entry_bytes != self.entry_bytes:
-            raise ValueError("the cache holds keys of another type than the model's: start from model.new_cache()")
+        store.make_place(self.like)
         row.keys, row.values, row.columns = store.addresses
         row.capacity, row.start, row.end = store.capacity, store.start, store.end
         row.index, row.column, row.window = index, column, window or 0
