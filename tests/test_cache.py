@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -267,13 +268,26 @@ def test_a_window_bounds_what_is_kept(variant, p):
 
 
 @pytest.mark.parametrize("variant", ["mistral-window", "qwen2-window"])
-def test_dropping_what_left_the_window_changes_no_logits(variant):
-    """Pieces over a cache that drops against all at once, which drops nothing."""
+@pytest.mark.parametrize("lag", [0, 8])
+def test_dropping_what_left_the_window_changes_no_logits(variant, lag, monkeypatch):
+    """Pieces over a cache that drops, at once or some tokens later, against all at once, which drops nothing."""
+    monkeypatch.setattr(RaggedLayer, "_lag", lambda self, window: lag)
     model, ids = mod_model(variant), tokens(2, 90)
     p = safe_threshold(model, ids)
     whole = model(ids, p=p, use_cache=False).logits
     for sizes in ([90], [30, 30, 30], [1] * 90, [70] + [1] * 20):
         assert_close(in_chunks(model, ids, sizes, p=p)["logits"], whole)
+
+
+def test_on_a_gpu_dropping_waits_for_many(monkeypatch):
+    """Looking for what to drop waits for the device, so it is done once in many tokens; no window loses an entry."""
+    layer, looked = RaggedLayer(WINDOW), []
+    monkeypatch.setattr(RaggedLayer, "_drop_before", lambda self, column: looked.append(column))
+    layer.rows = [Mock(columns=Mock(device=torch.device("cuda")))]
+    for _ in range(400):
+        layer.advance(1)
+    assert 400 // margin(WINDOW) <= len(looked) <= 2 * 400 // margin(WINDOW)
+    assert all(column <= 400 - WINDOW + 1 - margin(WINDOW) for column in looked)
 
 
 def test_a_window_can_step_back_by_its_margin_and_no_further():
