@@ -213,8 +213,10 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(variant, size, monkeypatch):
 @every_family
 @pytest.mark.parametrize("size", [1, 3, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_in_pieces_is_the_layer_at_once(variant, size, dtype, monkeypatch):
-    """However few tokens go through its products together, and to however many they are filled up."""
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_layer_in_pieces_is_the_layer_at_once(variant, size, dtype, direct, monkeypatch):
+    """However few tokens go through its products together, to however many they are filled up, and whichever way."""
+    monkeypatch.setattr(executing, "direct_pays", lambda kind: direct)
     model, ids = mod_model(variant, dtype=dtype), tokens(1, 60)
     p = safe_threshold(model, ids) if dtype == torch.float32 else 0.0
     monkeypatch.setattr(executing, "PIECE", size)

@@ -17,6 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from modification.architectures import head_width, rotate
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, [N, D]
+_SHARED = 4  # rows from which widening a weight pays
 _QUERIES = 512  # that look through a sliding window together on a CPU: bounds the mask
 
 
@@ -24,9 +25,10 @@ class Block:
     """One layer; plain functions of its modules.
 
     Attributes:
-        direct: its projections are plain float32 ones on a CPU and its MLP is SiLU's: products go through oneDNN, which
-            uses what any processor has, where torch's own choice (MKL) takes a slow way on those of some makers.
-            oneDNN compiles for every number of rows that occurs, and keeps it: few numbers should occur.
+        direct: its projections are plain ones on a CPU and its MLP is SiLU's: products go through oneDNN in float32,
+            which uses what any processor has, where torch's own choice (MKL) takes a slow way on those of some makers.
+            oneDNN compiles for every number of rows that occurs, and keeps it: few numbers should occur. Weights of
+            16 bits are widened for each product, which costs little where many rows share it.
     """
 
     direct = False
@@ -63,16 +65,19 @@ class Block:
         return self._linear(mlp.down_proj, wide)
 
     def _linear(self, part: Any, x: Tensor) -> Tensor:
-        if self.direct:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, part.weight, part.bias, "none", [], "")
-            return out
+        if self.direct and (x.dtype == torch.float32 or len(x) >= _SHARED):
+            bias = None if part.bias is None else part.bias.float()
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x.float(), part.weight.float(), bias, "none", [], "")
+            return out.to(x.dtype)
         out = part(x)
         return out
 
 
-def has_onednn() -> bool:
-    """Whether this torch has the product that ``Block.direct`` takes."""
-    return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def direct_pays(dtype: torch.dtype) -> bool:
+    """Whether this torch has the product that ``Block.direct`` takes, and on this processor none as good for dtype."""
+    if not torch._C._has_mkldnn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def blocks_of(model: Any, routed: bool = True) -> list[Block]:

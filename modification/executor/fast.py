@@ -19,7 +19,7 @@ from torch import Tensor
 from modification.cache import RaggedCache
 from modification.config import Threshold, threshold_at
 from modification.executor.base import Executor, Pass
-from modification.executor.blocks import Block, Rotation, attend, has_onednn, stacked_routers, to_device
+from modification.executor.blocks import Block, Rotation, attend, direct_pays, stacked_routers, to_device
 from modification.executor.native import NativeDecoder, native_obstacle
 from modification.routing import OPEN, bend
 
@@ -78,9 +78,9 @@ class Fast(Executor):
         self.together = together
         self.base, self.anchors = model.model, model.mod_config.anchors
         self.on_cpu = model.device.type == "cpu"
-        plain = not compiled and model.dtype == torch.float32 and native_obstacle(model, blocks) is None
+        direct = not compiled and native_obstacle(model, blocks) is None and direct_pays(model.dtype)
         for block in blocks:
-            block.direct = plain and has_onednn()
+            block.direct = direct
         self.rounded = self.on_cpu and (model.dtype == torch.bfloat16 or blocks[0].direct)
         self.routers, self.biases = stacked_routers(blocks, model.config.hidden_size)
         dial = model.mod_config.dial

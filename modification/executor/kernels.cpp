@@ -22,7 +22,19 @@
 
 namespace {
 
+// A vector is what the processor has registers for: compilers take wider ones apart, and through memory.
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+constexpr int outputs(int rows) { return rows == 1 ? 1 : 2; }  // that go together: as many sums as registers hold
+#else
+#if defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int outputs(int rows) { return rows <= 2 ? 4 : rows <= 5 ? 2 : 1; }
+#endif
+constexpr int OUTPUTS = 4;   // that go together at most
 constexpr int ROWS = 8;      // rows that share one pass over a matrix
 constexpr int STEPS = 2;     // independent sums of a product: one would leave the units waiting where rows are few
 constexpr int KEYS = 128;    // keys per softmax block: a block of scores and keys stays in cache
@@ -49,10 +61,10 @@ inline void write(bf16* p, float f) {  // round to nearest even, as torch does
 }
 
 inline float sum(vec v) {
-    using half = float __attribute__((vector_size(2 * LANES)));
-    using quarter = float __attribute__((vector_size(LANES)));
-    half h[2]; std::memcpy(h, &v, sizeof v); h[0] += h[1];
-    quarter q[2]; std::memcpy(q, h, sizeof q); q[0] += q[1];
+    using quarter = float __attribute__((vector_size(16)));
+    quarter q[LANES / 4]; std::memcpy(q, &v, sizeof v);
+    UNROLL for (int half = LANES / 8; half > 0; half /= 2)
+        UNROLL for (int i = 0; i < half; ++i) q[i] += q[i + half];
     return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
@@ -117,10 +129,10 @@ inline void dots(const T* w, const float* const* x, int64_t width, float (*y)[RO
 // out(r, o, w[o] . x[r] + bias[o]) for outputs o in a span and N rows from `first` on.
 template <int N, class T, class Out>
 void block(const T* w, const T* bias, const float* x, int64_t first, int64_t width, Span span, Out out) {
-    constexpr int M = N == 1 ? 1 : 2;  // as many sums as registers hold
+    constexpr int M = outputs(N);
     const float* at[N];
     for (int r = 0; r < N; ++r) at[r] = x + (first + r) * width;
-    float y[M][ROWS];
+    float y[OUTPUTS][ROWS];
     int64_t o = span.from;
     auto give = [&](int count) {
         for (int m = 0; m < count; ++m)
