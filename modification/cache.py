@@ -84,6 +84,10 @@ class _Layer(CacheLayerMixin):
         """The storage of a batch of one row."""
         raise NotImplementedError
 
+    def stores(self) -> Sequence[Buffer]:
+        """All storage there is."""
+        raise NotImplementedError
+
     def add(self, keys: Tensor, values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Store entries [H, n, D] of a batch of one row; all keys and values [H, K, D], before the window moves on."""
         raise NotImplementedError
@@ -176,8 +180,8 @@ class GrowingLayer(_Layer):
     def reset(self) -> None:
         self.buffer, self.seen, self.floor = Buffer(), 0, 0
 
-    def nbytes(self) -> tuple[int, int]:
-        return self.buffer.nbytes()
+    def stores(self) -> Sequence[Buffer]:
+        return (self.buffer,)
 
     def _drop_before(self, column: int) -> None:
         self.buffer.drop(column - self.floor)
@@ -251,11 +255,8 @@ class RaggedLayer(_Layer):
     def reset(self) -> None:
         self.rows, self.seen, self.floor = [], 0, 0
 
-    def nbytes(self) -> tuple[int, int]:
-        if len(self.rows) == 1:
-            return self.rows[0].nbytes()
-        sizes = [row.nbytes() for row in self.rows]
-        return sum(stored for stored, _ in sizes), sum(allocated for _, allocated in sizes)
+    def stores(self) -> Sequence[Buffer]:
+        return self.rows
 
     def _lag(self, window: int) -> int:
         """To look for columns on a GPU is to wait for it: not at every token."""
@@ -323,6 +324,8 @@ class RaggedCache(Cache):
         self.mod_layers = tuple(sorted(routed))
         self.entry_bytes = entry_bytes
         self.windows = tuple(windows)
+        self._bounded = [window for window in windows if window is not None]
+        self._full = len(windows) - len(self._bounded)
         self.tokens: list[int] = []
         self.owner: weakref.ref[Any] | None = None
 
@@ -358,15 +361,16 @@ class RaggedCache(Cache):
         return {index: self.layers[index].lengths() for index in self.mod_layers}
 
     def nbytes(self) -> KVBytes:
-        """Bytes stored, allocated, and what the dense parent would store."""
-        stored, allocated, rows, seen = 0, 0, 1, self.layers[0].seen
+        """Bytes stored, allocated, and what the dense parent would store. Asked for at every token: few calls."""
+        stored, allocated, batch, seen = 0, 0, 1, self.layers[0].seen
         for layer in self.layers:
-            held, room = layer.nbytes()
-            stored, allocated, rows = stored + held, allocated + room, max(rows, layer.batch_rows())
+            for store in layer.stores():
+                held, room = store.nbytes()
+                stored, allocated = stored + held, allocated + room
+            batch = max(batch, layer.batch_rows())
         # The stock cache of a sliding-window layer keeps the last window - 1 tokens.
-        tokens = sum(seen if window is None else min(seen, window - 1) for window in self.windows)
-        dense = rows * tokens * self.entry_bytes
-        return KVBytes(stored, allocated, dense)
+        tokens = seen * self._full + sum(min(seen, window - 1) for window in self._bounded)
+        return KVBytes(stored, allocated, batch * tokens * self.entry_bytes)
 
 
 def margin(window: int) -> int:

@@ -55,7 +55,7 @@ class Sampler:
                 raise FloatingPointError(_BROKEN)
             place = torch.multinomial(weights, 1, generator=self.generator)
             token = int(place if ids is None else ids[place])
-        if math.isnan(logprob := float(logprobs[token])):
+        if math.isnan(logprob := logprobs[token].item()):
             raise FloatingPointError(_BROKEN)
         if not self.alternatives:
             return Choice(token, logprob)
