@@ -4,7 +4,8 @@
 
 First the runs of 2, 4 and 8 users are decoded together and one after the other, alternating. Then the app is started as
 ``python app.py`` does it, and users open the page over HTTP on loopback as a browser would: they generate, some move p,
-some stop, some leave; memory is read after the first 50 requests and after the last. Ends with one JSON line.
+some stop, some leave; memory is read after the first 50 requests and after the last. What those who stay were sent is
+held, token for token, against the same requests alone. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ import statistics
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+from gradio_client.utils import apply_diff
 
 from app.headless import ROOT, served
+from app.service import Request, Service
+from app.tape import records
 from modification import generate, load
 from modification.batching import Batch
 from modification.executor import executor_of
@@ -59,6 +65,39 @@ def together(folder: Path, users: int, rounds: int, tokens: int = 120) -> dict[s
     }
 
 
+@dataclass
+class Told:
+    """What a page has been told of its run: how it ended, seconds to the first token, messages, and the view's tape."""
+
+    outcome: str = "broken off"
+    first: float = 0.0
+    messages: int = 0
+    values: list[Any] = field(default_factory=list)
+
+    def take(self, sent: list[Any]) -> None:
+        """One message: all values at first, then what is other than before."""
+        changed = self.messages > 0
+        self.values = [apply_diff(a, b) for a, b in zip(self.values, sent, strict=True)] if changed else sent
+        self.messages += 1
+
+    @property
+    def columns(self) -> list[Any]:
+        """All tokens of the finished run, with their scores and decisions."""
+        return columns(self.values[0]["d"])
+
+
+def columns(tape: str) -> list[Any]:
+    """A tape's tokens, with their scores and decisions."""
+    return [record for record in records(tape) if record[0] == "c"]
+
+
+def alone(service: Service, name: str, at: int, tokens: int) -> list[Any]:
+    """What request number ``at`` gets by itself, with the page's own settings."""
+    wanted = Request(PROMPT.format(at), name, tokens, temperature=0.7, top_p=0.95, seed=0, chat=True)
+    *_, last = service.run("alone", 0.5, wanted)
+    return columns(last.tape or "")
+
+
 class Page:
     """One user's page: the app's address and which of its events are which, as the page's config tells."""
 
@@ -70,46 +109,53 @@ class Page:
         self.go, self.move = events[ids["generate"], "click"], events[ids["p"], "change"]
         self.defaults = {one["id"]: one["props"].get("value") for one in config["components"]}
 
-    async def generate(self, prompt: str, tokens: int, how: str) -> tuple[str, float, int]:
-        """Press Generate: how it ended, seconds to the first token, messages that came."""
+    async def generate(self, prompt: str, tokens: int, how: str) -> Told:
+        """Press Generate, and read what comes until it ends; or move p, stop or leave meanwhile."""
         values = [self.defaults.get(one) for one in self.go["inputs"]]
         values[0], values[2], values[-1] = prompt, tokens, {}
-        began, first, messages = time.perf_counter(), 0.0, 0
+        began, told = time.perf_counter(), Told()
         joined = await self.client.post("/gradio_api/queue/join", json={
             "data": values, "fn_index": self.go["id"], "session_hash": self.session, "trigger_id": None,
         })
         if joined.status_code != 200:
-            return f"refused {joined.status_code}", 0.0, 0
+            return Told(f"refused {joined.status_code}")
         event = joined.json()["event_id"]
         async with self.client.stream("GET", f"/gradio_api/queue/data?session_hash={self.session}") as answer:
             async for line in answer.aiter_lines():
-                if not line.startswith("data:"):
-                    continue
-                told = json.loads(line[5:])
-                if told["msg"] == "process_generating":
-                    messages += 1
-                    if "Streaming" in line and not first:
-                        first = time.perf_counter() - began
-                    if how == "move" and messages % 2:
-                        await self.client.post("/gradio_api/run/predict", json={
-                            "data": [0.1 * (messages % 10)], "fn_index": self.move["id"], "session_hash": self.session,
-                        })
-                    if how == "leave" and messages == 3:
-                        return "left", first, messages
-                    if how == "stop" and messages == 3:
-                        await self.client.post("/gradio_api/cancel", json={
-                            "session_hash": self.session, "fn_index": self.go["id"], "event_id": event,
-                        })
-                        return "stopped", first, messages
-                elif told["msg"] == "process_completed":
-                    failed = "mod-status error" in line or not told["success"]
-                    return ("failed" if failed else "done"), first, messages
-        return "broken off", first, messages
+                message = json.loads(line[5:]) if line.startswith("data:") else {"msg": ""}
+                if message["msg"] == "process_generating":
+                    told.take(message["output"]["data"])
+                    if "Streaming" in line and not told.first:
+                        told.first = time.perf_counter() - began
+                    if await self._acts(how, told.messages, event):
+                        told.outcome = {"leave": "left", "stop": "stopped"}[how]
+                        return told
+                elif message["msg"] == "process_completed":
+                    failed = "mod-status error" in line or not message["success"]
+                    told.outcome = "failed" if failed else "done"
+                    return told
+        return told
+
+    async def _acts(self, how: str, messages: int, event: str) -> bool:
+        """What this user does after so many messages; whether that ends the run for them."""
+        if how == "move" and messages % 2:
+            await self.client.post("/gradio_api/run/predict", json={
+                "data": [0.1 * (messages % 10)], "fn_index": self.move["id"], "session_hash": self.session,
+            })
+        if how == "stop" and messages == 3:
+            await self.client.post("/gradio_api/cancel", json={
+                "session_hash": self.session, "fn_index": self.go["id"], "event_id": event,
+            })
+        return how in ("leave", "stop") and messages == 3
 
 
-async def crowd(url: str, users: int, requests: int, tokens: int, memory: Any) -> dict[str, Any]:
-    """So many users at a time until all requests are done: outcomes, waits and memory."""
+async def crowd(
+    url: str, users: int, requests: int, tokens: int, memory: Callable[[], int]
+) -> tuple[dict[str, Any], dict[int, list[Any]]]:
+    """So many users at a time until all requests are done: outcomes, waits and memory; and the tokens that those got
+    who stayed, by request."""
     outcomes, waits, sizes = Counter[str](), list[float](), list[int]()
+    got: dict[int, list[Any]] = {}
     limits = httpx.Limits(max_connections=4 * users)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
         left = iter(range(requests))
@@ -122,9 +168,11 @@ async def crowd(url: str, users: int, requests: int, tokens: int, memory: Any) -
                 page = Page(client, config)
                 # As long as a page is open it listens here; the app forgets its session when it stops.
                 async with client.stream("GET", f"/gradio_api/heartbeat/{page.session}"):
-                    outcome, first, _ = await page.generate(PROMPT.format(at), tokens, how)
-                outcomes[outcome] += 1
-                waits.extend([first] if first else [])
+                    told = await page.generate(PROMPT.format(at), tokens, how)
+                outcomes[told.outcome] += 1
+                waits.extend([told.first] if told.first else [])
+                if how == "stay" and told.outcome == "done":
+                    got[at] = told.columns
                 if sum(outcomes.values()) in (50, requests):
                     await asyncio.sleep(1.0)
                     sizes.append(memory())
@@ -140,7 +188,7 @@ async def crowd(url: str, users: int, requests: int, tokens: int, memory: Any) -
         "requests_per_second": round(requests / seconds, 2), "tokens_per_second": round(made / seconds, 1),
         "first_token_s": {"median": waits[len(waits) // 2], "p95": waits[int(0.95 * len(waits))]},
         "memory_mb_after_50_and_last": [round(size / 1e6, 1) for size in sizes],
-    }
+    }, got
 
 
 def resident(port: str) -> int:
@@ -163,9 +211,12 @@ def main() -> None:
               f"{one['ratio']:.2f}x")
     with served("--model", str(arguments.model)) as url:
         port = url.rstrip("/").rpartition(":")[2]
-        found = asyncio.run(crowd(
+        found, got = asyncio.run(crowd(
             url.rstrip("/"), arguments.users, arguments.requests, arguments.new_tokens, lambda: resident(port)
         ))
+    service = Service({"alone": arguments.model})
+    same = [given == alone(service, "alone", at, arguments.new_tokens) for at, given in got.items()]
+    found["as_alone"] = f"{sum(same)} of {len(same)}"
     print(json.dumps({"together": shared, "crowd": found}))
 
 

@@ -99,20 +99,13 @@ class _Layer(CacheLayerMixin):
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` new columns, stored or not, and drop what no later token can see."""
         self.seen += tokens
-        if self.window is None:
-            return
-        floor = self.seen - self.window + 1 - margin(self.window)
-        if floor > self.floor + self._lag(self.window):
+        if self.window is not None and (floor := self.seen - self.window + 1 - margin(self.window)) > self.floor:
             self._drop_before(floor)
             self.floor = floor
 
     def settle(self, end: int) -> None:
         """Drop the entries of columns from ``end`` on, whether or not they were counted; of a batch of one row."""
         raise NotImplementedError
-
-    def _lag(self, window: int) -> int:
-        """Columns that may pile up beyond the window and its margin before they are dropped together."""
-        return 0
 
     def _drop_before(self, column: int) -> None:
         raise NotImplementedError
@@ -249,18 +242,20 @@ class RaggedLayer(_Layer):
 
     def settle(self, end: int) -> None:
         for row in self.rows:
-            row.end -= int((row.columns >= end).sum())
+            row.settle(end)
         self.seen = end
+
+    def advance(self, tokens: int) -> None:
+        super().advance(tokens)
+        if self.window is not None:
+            for row in self.rows:
+                row.mark(self.seen)
 
     def reset(self) -> None:
         self.rows, self.seen, self.floor = [], 0, 0
 
     def stores(self) -> Sequence[Buffer]:
         return self.rows
-
-    def _lag(self, window: int) -> int:
-        """To look for columns on a GPU is to wait for it: not at every token."""
-        return 0 if not self.rows or self.rows[0].columns.device.type == "cpu" else margin(window) // 2
 
     def _drop_before(self, column: int) -> None:
         for row in self.rows:

@@ -97,8 +97,9 @@ def generate_batch(
 ) -> Iterator[tuple[int, Step]]:
     """Stream continuations of several prompts together: pairs of (row, step).
 
-    Each row is what :func:`generate` gives for its prompt alone, and stops by itself; rows of unlike lengths
-    need no padding. A step's ``seconds`` are those of the whole batch.
+    Each row is what :func:`generate` gives for its prompt alone (bit for bit with the CPU kernels and the stock layers;
+    elsewhere a product of many rows may round otherwise), and stops by itself; rows of unlike lengths need no padding.
+    A step's ``seconds`` are those of the whole batch.
 
     Args:
         model: a MoD model.

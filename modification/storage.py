@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -156,11 +157,13 @@ def _mapping(size: int) -> mmap.mmap:
 
 
 class Row(Buffer):
-    """One row's entries [H, n, D] with their columns [n], in order of storing."""
+    """One row's entries [H, n, D] with their columns [n], in order of storing, which is that of columns."""
 
     def __init__(self) -> None:
         super().__init__()
         self._columns = torch.empty(0, dtype=torch.int32)
+        self._dropped = 0  # entries at the front, ever
+        self._marks: deque[tuple[int, int]] = deque()  # a column, and how many entries there ever were below it
 
     def add(self, keys: Tensor, values: Tensor, columns: Tensor) -> None:
         """Add entries [H, n, D] that belong to ``columns`` [n]."""
@@ -172,16 +175,40 @@ class Row(Buffer):
         """Columns of the stored entries, [n] int32."""
         return self._columns[self.start : self.end]
 
+    @property
+    def on_host(self) -> bool:
+        """Whether columns can be read without waiting for a device."""
+        return self._columns.device.type == "cpu"
+
     def crop(self, end: int) -> None:
         """Drop entries of columns from ``end`` on."""
+        self._unmark(end)
         if self.length:
             self.keep((self.columns < end).nonzero().squeeze(1))
 
+    def settle(self, end: int) -> None:
+        """The same, their room kept."""
+        self._unmark(end)
+        self.end -= int((self.columns >= end).sum())
+
+    def mark(self, column: int) -> None:
+        """Note that all entries so far are of columns below this one, for ``drop_before`` to know on a device."""
+        if not self.on_host:
+            self._marks.append((column, self._dropped + self.length))
+
     def drop_before(self, column: int) -> None:
-        """Drop the leading entries of columns below ``column``."""
-        if self.length and int(self._columns[self.start]) < column:
-            below = self.columns < column
-            self.drop(self.length if bool(below.all()) else int(below.logical_not().int().argmax()))
+        """Drop the leading entries of columns below ``column``: on a device those known to be, without a look."""
+        if not self.on_host:
+            below = self._dropped
+            while self._marks and self._marks[0][0] <= column:
+                below = self._marks.popleft()[1]
+            self.drop(below - self._dropped)
+        elif self.length and int(self._columns[self.start]) < column:
+            self.drop(int((self.columns < column).sum()))
+
+    def drop(self, count: int) -> None:
+        self._dropped += count
+        super().drop(count)
 
     def keep(self, where: Tensor | slice) -> None:
         kept = self.columns[where].clone()
@@ -192,7 +219,12 @@ class Row(Buffer):
         other = Row()
         if self.length:
             other.add(self.keys, self.values, self.columns)
+        other._dropped, other._marks = self._dropped, self._marks.copy()
         return other
+
+    def _unmark(self, end: int) -> None:
+        while self._marks and self._marks[-1][0] > end:
+            self._marks.pop()
 
     def _resize(self, capacity: int, like: Tensor) -> None:
         fresh = _room((capacity,), torch.int32, like.device)

@@ -16,11 +16,11 @@ from modification.storage import Buffer, Row
 LLAMA_SHAPED = ("llama", "mistral", "mistral-window", "qwen2", "qwen2-window", "qwen3")
 
 
-def filled(store, groups, head, length, noise, dtype, first=0):
-    """A store with so many entries, every other column from ``first`` on where it keeps columns."""
+def filled(store, groups, head, length, noise, dtype):
+    """A store with so many entries, of every other column where it keeps columns."""
     keys, values = (torch.randn(groups, length, head, generator=noise).to(dtype) for _ in range(2))
     if isinstance(store, Row):
-        store.add(keys, values, first + 2 * torch.arange(length, dtype=torch.int32))
+        store.add(keys, values, 2 * torch.arange(length, dtype=torch.int32))
     else:
         store.append(keys[None], values[None])
     return store
@@ -89,6 +89,17 @@ def test_it_is_tried_before_it_is_used(dtype, monkeypatch):
     monkeypatch.setattr(ragged, "attend", lambda *given: attend(*given) + 0.1)
     with pytest.raises(RuntimeError, match=r"differs by 0\.1"):
         ragged.ragged_attention(4, 2, 16, dtype, device)
+
+
+def test_what_autocast_made_is_cast():
+    """Keys and values come in a store's own type, whatever the type they are given in."""
+    noise = torch.Generator().manual_seed(0)
+    stores = [filled(Row(), 1, 8, length, noise, torch.float16) for length in (4, 6)]
+    q = torch.randn(1, 2, 8, generator=noise)
+    ragged.RaggedAttention(1, 8, torch.float16, q.device)(q, q.half(), q, stores, [8, 12], None)
+    for at, store in enumerate(stores):
+        assert torch.equal(store.keys[:, -1], q[:, at].half())
+        assert torch.equal(store.values[:, -1], q[:, at].half())
 
 
 def test_a_store_of_another_type_is_refused():

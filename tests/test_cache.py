@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from transformers import DynamicCache
 
 from modification import MoDConfig, RaggedCache
 from modification.cache import GrowingLayer, RaggedLayer, margin
+from modification.storage import Row
 
 few_families = pytest.mark.parametrize("variant", FEW)
 every_kv = pytest.mark.parametrize("kv", ["evict", "keep"])
@@ -269,10 +269,8 @@ def test_a_window_bounds_what_is_kept(variant, p):
 
 
 @pytest.mark.parametrize("variant", ["mistral-window", "qwen2-window"])
-@pytest.mark.parametrize("lag", [0, 8])
-def test_dropping_what_left_the_window_changes_no_logits(variant, lag, monkeypatch):
-    """Pieces over a cache that drops, at once or some tokens later, against all at once, which drops nothing."""
-    monkeypatch.setattr(RaggedLayer, "_lag", lambda self, window: lag)
+def test_dropping_what_left_the_window_changes_no_logits(variant):
+    """Pieces over a cache that drops against all at once, which drops nothing."""
     model, ids = mod_model(variant), tokens(2, 90)
     p = safe_threshold(model, ids)
     whole = model(ids, p=p, use_cache=False).logits
@@ -280,15 +278,41 @@ def test_dropping_what_left_the_window_changes_no_logits(variant, lag, monkeypat
         assert_close(in_chunks(model, ids, sizes, p=p)["logits"], whole)
 
 
-def test_on_a_gpu_dropping_waits_for_many(monkeypatch):
-    """Looking for what to drop waits for the device, so it is done once in many tokens; no window loses an entry."""
-    layer, looked = RaggedLayer(WINDOW), []
-    monkeypatch.setattr(RaggedLayer, "_drop_before", lambda self, column: looked.append(column))
-    layer.rows = [Mock(columns=Mock(device=torch.device("cuda")))]
-    for _ in range(400):
-        layer.advance(1)
-    assert 400 // margin(WINDOW) <= len(looked) <= 2 * 400 // margin(WINDOW)
-    assert all(column <= 400 - WINDOW + 1 - margin(WINDOW) for column in looked)
+@pytest.mark.parametrize("sizes", [[1] * 160, [50, 3, 40, 1, 1, 30] + [1] * 35])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_on_a_device_columns_are_not_looked_at(sizes, p, monkeypatch):
+    """Dropped by what the host has counted: as exactly where tokens come one by one, later by a piece at most."""
+    model, ids = mod_model("mistral-window"), tokens(2, sum(sizes))
+    expected = in_chunks(model, ids, sizes, p=p)
+    monkeypatch.setattr(Row, "on_host", False)
+    found = in_chunks(model, ids, sizes, p=p)
+    assert_close(found["logits"], expected["logits"])
+    for ours, theirs in zip(found["cache"].layers, expected["cache"].layers, strict=True):
+        for row, other in zip(ours.stores(), theirs.stores(), strict=True):
+            assert other.length <= row.length < other.length + max(sizes)
+            assert max(sizes) > 1 or row.length == other.length
+
+
+def test_a_row_on_a_device_that_steps_back_forgets_no_entry(monkeypatch):
+    """Cropped, settled or copied, what it drops afterwards is what columns say."""
+    monkeypatch.setattr(Row, "on_host", False)
+    row = Row()
+    for at in range(0, 40, 2):
+        row.add(torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.tensor([at]))
+        row.mark(at + 1)
+    row.drop_before(7)
+    assert row.columns[0] == 8
+    row.crop(30)
+    row.settle(25)
+    assert row.columns[-1] == 24
+    other = row.copy()
+    for one, end in ((row, 26), (other, 13)):
+        one.add(torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.tensor([26]))
+        one.mark(27)
+        one.drop_before(end)
+        assert one.columns[0] == (26 if end == 26 else 14)
+    row.drop_before(99)
+    assert row.length == 0
 
 
 def test_a_window_can_step_back_by_its_margin_and_no_further():

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import random
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from talkers import columns, talker
 
 from app.errors import UserError
+from app.headless import served
 from app.service import Limits, Request, Service, desk
 from app.tape import Piece, Tape, records
+from benchmarks import crowd
 from modification import generate
 from modification.measure.memory import trim
 
@@ -252,3 +257,24 @@ def test_memory_is_flat_after_500_requests(folder):
         list(pool.map(go, range(50, 500)))
     after = resident()
     assert after < 1.05 * before, f"{before / 1e6:.0f} MB, then {after / 1e6:.0f} MB"
+
+
+def promised(url: str) -> float:
+    """Bytes of keys and values that the app holds for runs, as it tells Prometheus."""
+    told = httpx.get(f"{url}/metrics").text
+    return float(re.search(r"^mod_kv_promised_bytes (\S+)$", told, re.M).group(1))
+
+
+def test_fifty_pages_over_http_get_what_each_gets_alone(folder):
+    """The app as ``python app.py`` starts it; every page opens, presses Generate, and some move p, stop or leave."""
+    with served("--model", str(folder)) as url:
+        figures, got = asyncio.run(crowd.crowd(url, USERS, 60, 30, lambda: 0))
+        until = time.monotonic() + 10  # those who left are taken out within a step
+        while (held := promised(url)) and time.monotonic() < until:
+            time.sleep(0.05)
+    assert held == 0, "all caches are freed"
+    service = Service({"alone": folder})
+    assert figures["outcomes"] == {"done": 48, "stopped": 6, "left": 6}
+    assert len(got) == 42
+    for at, given in got.items():
+        assert given == crowd.alone(service, "alone", at, 30), f"request {at}"

@@ -15,11 +15,13 @@ import gradio as gr
 import httpx
 import pytest
 from builders import REPO
-from talkers import talker
+from talkers import columns, talker
 
 from app.errors import UserError
 from app.headless import served
 from app.service import Limits, Request, Service, Zero
+from app.service.choice import Options
+from app.tape import records
 
 
 def child(code: str, *arguments: str, **environment: str) -> str:
@@ -90,6 +92,26 @@ def test_a_model_spread_over_devices_says_the_same(tmp_path, place):
     lines = said.splitlines()
     assert lines[:3] == ["True"] * 3
     assert lines[3] in ("stock", "fast")
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_the_app_serves_a_model_spread_over_devices(tmp_path, place, monkeypatch):
+    """Loaded with some layers elsewhere, it streams the tokens of the same model in one piece; a chat's too."""
+    talker(tmp_path / "model", context=256)
+    spread = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    spread |= {f"model.layers.{at}": place if at in (1, 2) else "cpu" for at in range(4)}
+    found = {}
+    for given in ({"": "cpu"}, spread):
+        monkeypatch.setattr(Options, "spread", property(lambda self, given=given: given))
+        service = Service({"tiny": tmp_path / "model"}, limits=Limits(frame=0.0))
+        *_, run = service.run("one", 0.5, Request("Hello there", "tiny", 12, 0.8, seed=3))
+        *_, talk = service.talks.chat("two", ("tiny", "tiny"), 0.5, Request("Hello", "tiny", 8, 0.0))
+        texts = [record[1:3] for record in records(talk.tape) if record[0] == "c"]
+        found[len(given)] = columns(run.tape), texts
+        assert getattr(service.open("tiny").model, "hf_device_map", given) == given
+    one, other = found.values()
+    assert len(one[0]) > 12
+    assert other == one
 
 
 FORKING = textwrap.dedent("""

@@ -32,20 +32,22 @@ def test_the_laws_hold_in_the_interpreter():
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", ["bf16", "fp32"])
-def test_the_kernels_compile_for_a_gpu(kind):
+@pytest.mark.parametrize("head", [64, 128])
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
+def test_the_kernels_compile_for_a_gpu(kind, head):
     """For one that isn't here: Triton brings its own assembler."""
     triton = importlib.import_module("triton")
     ragged, compiling = (importlib.import_module(name) for name in ("modification.executor.ragged", "triton.compiler"))
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-    pointer, counts = f"*{kind}", {"D": 128, "WIDTH": 128}
+    pointer, counts = f"*{kind}", {"D": head, "WIDTH": head}
+    block = ragged.BLOCK_BYTES // (4 if kind == "fp32" else 2)
     given = {
         ragged._store: {"k": pointer, "v": pointer, "table": "*i64", **dict.fromkeys(
             ("k_head", "k_row", "v_head", "v_row"), "i32")},
         ragged._look: {"q": pointer, "table": "*i64", "part": "*fp32", "weight": "*fp32", "scale": "fp32",
                        **dict.fromkeys(("q_head", "q_row", "window", "span", "spans"), "i32")},
     }
-    fixed = {ragged._store: counts, ragged._look: {**counts, "GROUP": 4, "QUERIES": 16, "BLOCK": 32}}
+    fixed = {ragged._store: counts, ragged._look: {**counts, "GROUP": 4, "QUERIES": 16, "BLOCK": block}}
     for kernel, kinds in given.items():
         signature = {**kinds, **dict.fromkeys(fixed[kernel], "constexpr")}
         source = compiling.ASTSource(fn=kernel, signature=signature, constexprs=fixed[kernel])

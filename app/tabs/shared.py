@@ -68,7 +68,13 @@ def waiting(update: Update, model: str) -> str | None:
 
 
 def told(error: BaseException, what: str) -> str:
-    """A sentence for the user, whatever happened; the log has the cause of what was not foreseen."""
+    """A sentence for the user, whatever happened; the log has the cause of what was not foreseen.
+
+    Raises:
+        BaseException: the error itself, where it is no failure (who left, the end of the process).
+    """
+    if not foreseen(error):
+        raise error
     if (sentence := sentence_of(error)) is not None:
         return sentence
     logging.getLogger(__name__).error("%s failed", what, exc_info=error)
@@ -81,8 +87,6 @@ def sentences(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not foreseen(error):
-            raise
         raise gr.Error(told(error, what), print_exception=False) from error
 
 
@@ -95,8 +99,6 @@ def answered(failed: Callable[[str], Any]) -> Callable[[Callable[..., Any]], Cal
             try:
                 return handler(*arguments)
             except BaseException as error:
-                if not foreseen(error):
-                    raise
                 return failed(status(told(error, handler.__name__), error=True))
 
         return safe
@@ -113,8 +115,6 @@ def guarded(failed: Callable[[str], Any]) -> Callable[[Callable[..., Iterator[An
             try:
                 yield from handler(*arguments)
             except BaseException as error:
-                if not foreseen(error):
-                    raise
                 yield failed(status(told(error, handler.__name__), error=True))
 
         return safe

@@ -28,7 +28,7 @@ class Block:
         direct: its projections are plain ones on a CPU and its MLP is SiLU's: products go through oneDNN in float32,
             which uses what any processor has, where torch's own choice (MKL) takes a slow way on those of some makers.
             oneDNN compiles for every number of rows that occurs, and keeps it: few numbers should occur. Weights of
-            16 bits are widened for each product, which costs little where many rows share it.
+            16 bits are widened for each product that some rows share, which costs little.
     """
 
     direct = False

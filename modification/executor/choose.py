@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from typing import Any
 
@@ -40,6 +41,8 @@ def choose(model: Any, compiled: bool = True) -> Executor:
     why = obstacle(model)
     ways = [True, False] if compiled and model.device.type == "cuda" else [False]
     for way in ways if why is None else []:
+        if way:
+            logging.getLogger("modification").warning("Compiling the layers for this GPU (a minute or two)...")
         try:
             fast = fast_executor(model, compiled=way)
             difference = disagreement(model, fast)
