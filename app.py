@@ -128,6 +128,8 @@ def _limit_flags(parser: argparse.ArgumentParser) -> None:
         ("--new-tokens", usual.new_tokens, "longest answer, in tokens"),
         ("--prompt-tokens", usual.prompt_tokens, "longest prompt, in tokens"),
         ("--file-mb", usual.file_bytes // 10**6, "largest file that can be uploaded, in MB"),
+        ("--trace-mb", usual.trace_bytes // 10**6, "largest trace that is read, in MB"),
+        ("--minutes", int(usual.measuring // 60), "that a sweep or a benchmark may take"),
         ("--cache-mb", 0, "keys and values of all sessions together, in MB; 0: a quarter of the free memory"),
     ):
         parser.add_argument(flag, type=int, default=value, metavar="N", help=f"{says} (default: %(default)s)")
@@ -140,7 +142,7 @@ def _limit_flags(parser: argparse.ArgumentParser) -> None:
 def _limits(arguments: argparse.Namespace, parser: argparse.ArgumentParser, public: bool) -> Limits:
     for name, least in (
         ("running", 1), ("waiting", 0), ("per_user", 1), ("new_tokens", 1), ("prompt_tokens", 1), ("file_mb", 1),
-        ("cache_mb", 0),
+        ("trace_mb", 1), ("minutes", 1), ("cache_mb", 0),
     ):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be {least} or more")
@@ -150,6 +152,7 @@ def _limits(arguments: argparse.Namespace, parser: argparse.ArgumentParser, publ
     return Limits(
         running=arguments.running, waiting=arguments.waiting, each=arguments.per_user, new_tokens=arguments.new_tokens,
         prompt_tokens=arguments.prompt_tokens, file_bytes=arguments.file_mb * 10**6,
+        trace_bytes=arguments.trace_mb * 10**6, measuring=60.0 * arguments.minutes,
         cache_bytes=arguments.cache_mb * 10**6, folders=tuple(folder.resolve() for folder in arguments.folder),
         free_models=not public, convert=not public,
     )

@@ -22,9 +22,10 @@ Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _UPLOAD_ROOM = 1 << 20  # bytes of an upload that are not the file
 _UPLOADS = 50  # times the largest file that are kept at once
-_SECONDS, _RATE = 60.0, 50_000  # that an upload may take, and bytes per second that it brings besides
-# Of Gradio's: state written to the disk for good; videos given to a converter; other Spaces' runs.
-_CLOSED = ("/deep_link", "/process_recording", "/run-history")
+_SECONDS, _RATE = 60.0, 50_000  # that an upload or a call may take to come in, and bytes a second that count besides
+# Of Gradio's: state written to the disk for good; videos given to a converter; other Spaces' runs; functions of
+# components, of which none here has any.
+_CLOSED = ("/deep_link", "/process_recording", "/run-history", "/component_server")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"same-origin"),
     (b"permissions-policy", b"camera=(), microphone=(), geolocation=()"),
@@ -68,7 +69,7 @@ class Guard:
             return await self.app(scope, receive, send)
         path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
         if path == "/health":
-            return await _answer(send, 200, b"ok\n")
+            return await _answer(send, *((503, b"shutting down\n") if self.service.desk.closed else (200, b"ok\n")))
         if path == "/metrics":
             return await _answer(send, 200, self.service.metrics(), b"text/plain; version=0.0.4; charset=utf-8")
         if any(f"{name}/" in f"{path}/" for name in _CLOSED):
@@ -81,7 +82,8 @@ class Guard:
         if uploading:
             return await self._uploaded(scope, receive, send, int(told) or most)
         if self.calls is not None and scope["method"] == "POST" and self.calls.concern(path):
-            return await self._checked(self.calls, path, scope, receive, send, most)
+            soon = _soon(receive, _SECONDS + int(told) / _RATE)
+            return await self._checked(self.calls, path, scope, soon, receive, send, most)
         counted = int("/call/" in path or path.endswith("/queue/data"))
         self.traffic.open += counted
         try:
@@ -97,12 +99,12 @@ class Guard:
         await _answer(send, 507, b"There is no room for uploads now: they are deleted after an hour.\n")
 
     async def _checked(
-        self, calls: Calls, path: str, scope: Scope, receive: Receive, send: Send, most: int
+        self, calls: Calls, path: str, scope: Scope, soon: Receive, receive: Receive, send: Send, most: int
     ) -> None:
-        """Read a call whole, and pass it on if there is nothing wrong with it."""
+        """Read a call whole, ``soon``, and pass it on if there is nothing wrong with it."""
         parts, size, more = list[bytes](), 0, True
         while more:
-            message = await receive()
+            message = await soon()
             if message["type"] != "http.request":
                 return
             parts.append(message.get("body", b""))

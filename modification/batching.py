@@ -42,7 +42,7 @@ class Stream:
         self.ids, self.cache, self.read_p, self.choose, self.ends = ids, cache, read_p, choose, ends
         self.left, self.keep = budget, keep
         self.whole = True  # false while the cache is being written: one that was left half written is of no use
-        self.logits: Tensor | None = None
+        self.last: tuple[Pass, int] | None = None  # and this row's place in it
         self.choice = Choice(-1, float("nan"))
 
     def threshold(self) -> Threshold:
@@ -60,7 +60,7 @@ class Stream:
             if sum(one.scores.shape[1] for one in done) < len(fresh):
                 yield None
         scores, routed = (np.concatenate([getattr(part, name) for part in done], 1) for name in ("scores", "routed"))
-        self.logits, self.whole = done[-1].logits[0], True
+        self.last, self.whole = (done[-1], 0), True
         yield self._step(fresh.cpu().numpy(), scores, routed, p, start, prefill=True)
 
     @property
@@ -70,14 +70,16 @@ class Stream:
 
     def pick(self) -> int:
         """Choose the next token from the last logits."""
-        assert self.logits is not None
-        self.choice = self.choose(self.logits)
+        assert self.last is not None
+        done, row = self.last
+        known = self.choose.greedy and done.likeliest  # logits are not even looked at then
+        self.choice = self.choose.settle(*done.likeliest[row]) if known else self.choose(done.logits[row])
         self.left -= 1
         return self.choice.token
 
     def accept(self, done: Pass, row: int, p: Threshold, start: float) -> Step:
         """Take this row's share of a decode step."""
-        self.logits, one, self.whole = done.logits[row], slice(row, row + 1), True
+        self.last, one, self.whole = (done, row), slice(row, row + 1), True
         return self._step(np.array([self.choice.token]), done.scores[:, one], done.routed[:, one], p, start)
 
     def _step(

@@ -319,6 +319,7 @@ class RaggedCache(Cache):
         self.mod_layers = tuple(sorted(routed))
         self.entry_bytes = entry_bytes
         self.windows = tuple(windows)
+        self._sizes: tuple[int, int] | None = None  # bytes stored and allocated by one row, where somebody keeps count
         self._bounded = [window for window in windows if window is not None]
         self._full = len(windows) - len(self._bounded)
         self.tokens: list[int] = []
@@ -328,44 +329,64 @@ class RaggedCache(Cache):
         """Remove the last tokens; their number is given as a negative one. All layers, or none if one can't."""
         for layer in self.layers:
             layer.cropped(tokens_to_remove)
+        self._sizes = None
         super().crop(tokens_to_remove)
         self.tokens = self.tokens[: self.get_seq_length()]
 
     def reset(self) -> None:
         """Empty the cache and free its memory."""
         super().reset()
-        self.tokens = []
+        self.tokens, self._sizes = [], None
 
     def settle(self) -> None:
         """Forget what a step that failed half-way has written beyond ``tokens``."""
+        self._sizes = None
         for layer in self.layers:
             layer.settle(len(self.tokens))
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._sizes = None
+        super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._sizes = None
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._sizes = None
+        super().batch_repeat_interleave(repeats)
+
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` new columns in the MoD layers, whether or not they were stored there."""
+        self._sizes = None
         for index in self.mod_layers:
             self.layers[index].advance(tokens)
 
-    def advance_all(self, tokens: int) -> None:
-        """Count ``tokens`` new columns in every layer: for callers that wrote rows themselves."""
+    def advance_all(self, tokens: int, sizes: tuple[int, int] | None = None) -> None:
+        """Count ``tokens`` new columns in every layer: for callers that wrote a row themselves.
+
+        Args:
+            sizes: bytes stored and allocated now, from callers that know: ``nbytes`` need not count them.
+        """
         for layer in self.layers:
             layer.advance(tokens)
+        self._sizes = None if self._bounded else sizes  # windows may just have dropped something
 
     def lengths(self) -> dict[int, list[int]]:
         """Entries stored per MoD layer and row."""
         return {index: self.layers[index].lengths() for index in self.mod_layers}
 
     def nbytes(self) -> KVBytes:
-        """Bytes stored, allocated, and what the dense parent would store. Asked for at every token: few calls."""
-        stored, allocated, batch, seen = 0, 0, 1, self.layers[0].seen
-        for layer in self.layers:
-            for store in layer.stores():
-                held, room = store.nbytes()
-                stored, allocated = stored + held, allocated + room
-            batch = max(batch, layer.batch_rows())
+        """Bytes stored, allocated, and what the dense parent would store."""
+        seen, rows, known = self.layers[0].seen, 1, self._sizes
+        if known is None:
+            sizes = [store.nbytes() for layer in self.layers for store in layer.stores()]
+            known = sum(stored for stored, _ in sizes), sum(allocated for _, allocated in sizes)
+            rows = max(1, *(layer.batch_rows() for layer in self.layers))
+        stored, allocated = known
         # The stock cache of a sliding-window layer keeps the last window - 1 tokens.
         tokens = seen * self._full + sum(min(seen, window - 1) for window in self._bounded)
-        return KVBytes(stored, allocated, batch * tokens * self.entry_bytes)
+        return KVBytes(stored, allocated, rows * tokens * self.entry_bytes)
 
 
 def margin(window: int) -> int:

@@ -6,9 +6,11 @@ The template runs in Jinja's sandbox, which keeps it from reaching anything. Her
 from __future__ import annotations
 
 import contextlib
+import mmap
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
@@ -16,7 +18,12 @@ from jinja2 import Environment
 from modification.errors import first_line
 
 SECONDS = 5.0  # that a template may take; the longest are done in a hundredth of one
-_TIMES = 10_000  # no template repeats anything so often
+_TIMES, _DIGITS = 10_000, 5  # no template repeats anything so often
+_OPEN = 4  # products of unknown size, each of which may take seconds once numbers have grown long
+_OPENING = (("operator", "("), ("operator", ","))  # before a star that unpacks
+_GROWTH = 1 << 30  # bytes by which the process may grow meanwhile
+_STATM = Path("/proc/self/statm")
+_LOOK = 64  # steps between two looks at them
 
 
 def written(tokenizer: Any, messages: list[dict[str, str]], seconds: float = SECONDS) -> str:
@@ -38,17 +45,19 @@ def written(tokenizer: Any, messages: list[dict[str, str]], seconds: float = SEC
 
 def _check(template: str) -> None:
     """Single operations that take for ever, or all memory, can't be ended, so they are not begun."""
-    before: tuple[str, str] = ("", "")
-    for _, kind, value in Environment(autoescape=True).lex(template):
-        if kind == "whitespace":
-            continue
-        times = [one[1] for one in (before, (kind, value)) if one[0] == "integer"]
-        product = "*" in (value if kind == "operator" else "", before[1] if before[0] == "operator" else "")
-        if kind == "operator" and value == "**":
+    read = [one[1:] for one in Environment(autoescape=True).lex(template) if one[1] != "whitespace"]
+    product, open_ones = 1, 0  # of what is written out, and products of what is not
+    for before, (kind, value), after in zip(read, read[1:], read[2:], strict=False):
+        if kind == "operator" and value == "**" and before not in _OPENING:
             raise ValueError("it computes powers")
-        if product and any(len(number) > len(str(_TIMES)) or int(number, 0) > _TIMES for number in times):
-            raise ValueError(f"it multiplies by more than {_TIMES:,}")
-        before = kind, value
+        if kind == "operator" and value == "*" and before not in _OPENING:
+            given = [number for one, number in (before, after) if one == "integer"]
+            open_ones += not given
+            if open_ones > _OPEN:
+                raise ValueError(f"it has more than {_OPEN} products of values that are not written out")
+            product *= min(int(number, 0) if len(number) <= _DIGITS else _TIMES + 1 for number in given)
+            if product > _TIMES:
+                raise ValueError(f"it multiplies by more than {_TIMES:,}")
 
 
 class _Late(BaseException):
@@ -57,12 +66,16 @@ class _Late(BaseException):
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Python code of this thread that runs for longer is ended by ``_Late``."""
-    end, before = time.monotonic() + seconds, sys.gettrace()
+    """Python code of this thread that runs for longer, or takes too much memory, is ended by ``_Late``."""
+    end, before, most, steps = time.monotonic() + seconds, sys.gettrace(), _resident() + _GROWTH, 0
 
     def watch(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal steps
+        steps += 1
         if time.monotonic() > end:
             raise _Late(f"it was not done after {seconds:g} seconds")
+        if steps % _LOOK == 0 and _resident() > most:
+            raise _Late(f"it takes more than {_GROWTH / 1e9:.1f} GB of memory")
         return watch
 
     sys.settrace(watch)
@@ -70,3 +83,11 @@ def _deadline(seconds: float) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+
+
+def _resident() -> int:
+    """Bytes of this process in memory; 0 where the system does not say."""
+    try:
+        return int(_STATM.read_text().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0

@@ -11,13 +11,14 @@ a class of exception. Asked with ``revision`` and ``patience``, seconds, and no 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from filelock import FileLock
@@ -36,6 +37,7 @@ _BEAT = 0.5  # seconds between two reports of a file under way
 _TRIES = 3
 _PIECE = 1 << 20  # bytes that are written at a time
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]*")  # of a file's content, as the cache names it
+_SHA256 = re.compile(r"[0-9a-f]{64}")  # the name of a large file's: its own hash
 
 
 class _Silent(tqdm):
@@ -70,7 +72,11 @@ def _weights(repository: str, name: str, revision: str | None, here: list[int]) 
             size = part.stat().st_size if part.exists() else 0
             before, vain = max(before, size), 0 if size > before else vain + 1
             if size == found.size:
-                part.replace(whole)
+                if _is_named(part, str(found.etag)):
+                    part.replace(whole)
+                else:  # some proxy's page among it, say: begun anew
+                    part.unlink()
+                    before, failure = 0, ConnectionError("what came is not what the Hub had told of")
             elif size > found.size:
                 part.unlink()
                 raise ConnectionError("more came than the Hub had told of")
@@ -83,6 +89,21 @@ def _weights(repository: str, name: str, revision: str | None, here: list[int]) 
                     failure = error
 
 
+def _is_named(part: Path, name: str) -> bool:
+    """Whether a file's content is the one of that name, where the name says."""
+    if not _SHA256.fullmatch(name):
+        return True
+    with part.open("rb") as file:
+        return _sha256(file) == name
+
+
+def _sha256(file: BinaryIO) -> str:
+    found = hashlib.sha256()
+    while piece := file.read(_PIECE):
+        found.update(piece)
+    return found.hexdigest()
+
+
 def _go_on(url: str, location: str, part: Path, start: int, most: int, here: list[int]) -> None:
     """Ask for the rest of a file, which has ``most`` bytes."""
     headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
@@ -90,7 +111,10 @@ def _go_on(url: str, location: str, part: Path, start: int, most: int, here: lis
         headers.pop("authorization", None)  # the token is for the Hub alone
     with get_session().stream("GET", location, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
         answer.raise_for_status()
-        start = start if answer.status_code == 206 else 0
+        told = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+        start = int(told[1]) if answer.status_code == 206 and told is not None and int(told[1]) <= start else 0
+        if answer.headers.get("Content-Length", str(most - start)) != str(most - start):
+            raise ConnectionError("another file was sent")  # before it takes the place of what is here
         with part.open("r+b" if start else "wb") as file:
             file.seek(start)
             for piece in answer.iter_bytes(_PIECE):

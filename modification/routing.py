@@ -5,9 +5,8 @@ Boundary: tensors in, tensors out; knows neither layers nor caches.
 
 from __future__ import annotations
 
-import bisect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,14 +136,6 @@ def bend(gate: Tensor, dial: Tensor) -> Tensor:
     ends = F.pad(F.pad(dial, (1, 0)), (0, 1), value=1.0)
     low, high = ends[at], ends[at + 1]
     return (at + ((gate - low) / (high - low).clamp_min(_THIN)).clamp(0, 1)) / (len(dial) + 1)
-
-
-def bend_one(gate: float, dial: Sequence[float]) -> float:
-    """``bend`` of one score, without tensors."""
-    at = bisect.bisect_right(dial, gate)
-    low = dial[at - 1] if at else 0.0
-    high = dial[at] if at < len(dial) else 1.0
-    return (at + min(1.0, max(0.0, (gate - low) / max(high - low, _THIN)))) / (len(dial) + 1)
 
 
 def top_share(gate: Tensor, share: Tensor) -> Tensor:

@@ -44,8 +44,19 @@ class Sampler:
         else:
             self.generator.manual_seed(seed)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether all it wants to know is the likeliest token."""
+        return self.temperature == 0.0 and not self.alternatives
+
+    def settle(self, token: int, logprob: float) -> Choice:
+        """What a greedy one chooses, the likeliest token being known."""
+        if math.isnan(logprob):
+            raise FloatingPointError(_BROKEN)
+        return Choice(token, logprob)
+
     def __call__(self, logits: Tensor) -> Choice:
-        """Choose; the distribution is altered for the choice alone."""
+        """Choose from logits [V]; the distribution is altered for the choice alone."""
         logprobs, ids = torch.log_softmax(logits.float(), -1), None
         if self.temperature == 0.0:
             token = _likeliest(logprobs)

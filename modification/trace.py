@@ -18,6 +18,8 @@ from modification.config import check_threshold, check_thresholds
 
 FORMAT = 1
 MOST_LAYERS, MOST_TOKENS, MOST_SCORES = 1024, 100_000, 4_000_000  # in a trace that is read
+MOST_TEXT = 1000  # characters of a text in it that is shown: a token's, a rival's, those of ``_SHOWN``
+_SHOWN = ("title", "note", "likely")  # of its notes
 _SCORE_DIGITS = 4
 
 
@@ -146,12 +148,14 @@ class RoutingTrace:
             trace = cls(int(values["depth"]), tuple(int(i) for i in values["mod_layers"]))
             if not 1 <= trace.depth <= MOST_LAYERS:
                 raise ValueError(f"{trace.depth} layers: expected 1 to {MOST_LAYERS}")
-            if any(not 0 <= layer < trace.depth for layer in trace.mod_layers):
-                raise ValueError(f"MoD layers {trace.mod_layers} in a model of {trace.depth} layers")
+            if list(trace.mod_layers) != sorted({*trace.mod_layers} & {*range(trace.depth)}):
+                layers = str(trace.mod_layers)[:80]
+                raise ValueError(f"MoD layers {layers}: expected rising indices in a model of {trace.depth} layers")
             _check_size(len(trace.mod_layers), sum(len(step["tokens"]) for step in values["steps"]))
             trace.steps = [_step_from_dict(step, len(trace.mod_layers)) for step in values["steps"]]
             trace.texts = [str(part) for part in values["texts"]]
             trace.info = dict(values["info"])
+            _check_texts([trace.texts, *(trace.info.get(name) for name in _SHOWN)])
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             lacks = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"not a routing trace ({lacks})") from error
@@ -170,6 +174,16 @@ def _check_size(layers: int, tokens: int) -> None:
             f"{tokens:,} tokens over {layers} MoD layers: at most {MOST_TOKENS:,} tokens and {MOST_SCORES:,} scores "
             "are read"
         )
+
+
+def _check_texts(values: Any) -> None:
+    """Whatever stands in them."""
+    left = [values]
+    while left:
+        value = left.pop()
+        if isinstance(value, str) and len(value) > MOST_TEXT:
+            raise ValueError(f"a text of {len(value):,} characters: at most {MOST_TEXT:,} are read")
+        left.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
 
 
 def _step_to_dict(step: Step) -> dict[str, Any]:

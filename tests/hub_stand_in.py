@@ -18,7 +18,8 @@ class StandIn:
 
     Attributes:
         mode: "well"; "error" (500); "nonsense" (HTML with status 200); "hang" (no answer); "trickle" (a byte at times);
-            "gone" (404); "cut" (weights break off in the middle); "slow" (weights come in small pieces).
+            "gone" (404); "cut" (weights break off in the middle); "slow" (weights come in small pieces); "portal" (GET
+            answers HTML, as a hotel's network does); "wrong" (weights of the right length, damaged, the first time).
         seen: method, path and range of every request.
     """
 
@@ -61,7 +62,7 @@ class StandIn:
                     time.sleep(30)
                 if hub.mode == "error":
                     return self.give(500, b"broken", {}, body)
-                if hub.mode == "nonsense":
+                if hub.mode == "nonsense" or (hub.mode == "portal" and body and ".safetensors" in self.path):
                     return self.give(200, b"<html>Welcome to the hotel's network</html>", {}, body)
                 if hub.mode == "trickle":
                     self.start(200, 10_000, {"Content-Type": "application/json"})
@@ -88,6 +89,8 @@ class StandIn:
                     headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
                 part = data[start:]
                 weights = path.suffix == ".safetensors"
+                if body and weights and hub.mode == "wrong":
+                    part, hub.mode = part[::-1], "well"
                 if body and weights and hub.mode == "cut" and not start and data:
                     self.start(200, len(part), headers)
                     self.wfile.write(part[: len(part) // 2])

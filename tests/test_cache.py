@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from modification import MoDConfig, RaggedCache
 from modification.cache import GrowingLayer, RaggedLayer, margin
+from modification.executor import executor_of
 from modification.storage import Row
 
 few_families = pytest.mark.parametrize("variant", FEW)
@@ -242,6 +243,28 @@ def test_chunks_of_any_size_store_the_same():
     model, ids = mod_model("llama"), tokens(2)
     lengths = [in_chunks(model, ids, sizes, p=0.5)["cache"].lengths() for sizes in ([14], [1] * 14, [3, 11])]
     assert lengths[0] == lengths[1] == lengths[2]
+
+
+@pytest.mark.parametrize("change", ["nothing", "crop", "settle", "prefill", "stock", "reset", "another row"])
+def test_sizes_that_are_kept_are_those_counted(change):
+    """Whatever happens between two tokens, and as buffers grow."""
+    model = mod_model("llama")
+    executor, cache, ids = executor_of(model), model.new_cache(), tokens(1, 30)[0]
+    executor.prefill(ids, cache, 0.4)
+    for at in range(60):
+        executor.decode([at % 90], [cache], [0.1 * (at % 10)])
+        if at == 20:
+            {
+                "nothing": lambda: None, "crop": lambda: cache.crop(-7), "settle": cache.settle,
+                "prefill": lambda: executor.prefill(ids, cache, 0.7), "reset": cache.reset,
+                "stock": lambda: model(ids[None], past_key_values=cache, p=0.5),
+                "another row": lambda: cache.batch_select_indices(torch.tensor([0])),
+            }[change]()
+        if change == "stock" and at >= 20:
+            break
+        counted = [store.nbytes() for layer in cache.layers for store in layer.stores()]
+        found = cache.nbytes()
+        assert (found.stored, found.allocated) == tuple(map(sum, zip(*counted, strict=True)))
 
 
 # Sliding windows

@@ -22,6 +22,7 @@ from app.service import Limits, Request, Service, desk
 from app.tape import Piece, Tape, records
 from benchmarks import crowd
 from modification import generate
+from modification.executor import executor_of
 from modification.measure.memory import trim
 
 USERS = 50
@@ -218,6 +219,32 @@ def test_what_was_allocated_is_within_what_was_promised(folder):
         assert 0 < allocated <= loaded.cache_bytes(tokens)
         caches.append(allocated / loaded.cache_bytes(tokens))
     assert max(caches) > 0.9, "and it is no wild guess"
+
+
+def test_all_sessions_together_take_no_more_than_was_promised(folder, monkeypatch):
+    """While many run, are in line and leave: what all caches have allocated, looked at at every token."""
+    service = Service({"tiny": folder}, limits=Limits(running=6, waiting=USERS, frame=0.0))
+    model, caches, shares = service.open("tiny").model, [], []
+    make, decode = model.new_cache, executor_of(model).decode
+
+    def watched(*given):
+        done = decode(*given)
+        taken = sum(cache.nbytes().allocated for cache in list(caches))
+        shares.append(taken / service.desk.turnstile.promised())
+        return done
+
+    monkeypatch.setattr(model, "new_cache", lambda: caches.append(make()) or caches[-1], raising=False)
+    monkeypatch.setattr(executor_of(model), "decode", watched)
+
+    def go(user):
+        with contextlib.closing(service.run(f"user {user}", 0.2 * (user % 3), request(user))) as run:
+            for _ in zip(run, range(5 if user % 4 == 1 else 1000), strict=False):
+                pass
+
+    with ThreadPoolExecutor(24) as pool:
+        list(pool.map(go, range(24)))
+    assert len(shares) > 50
+    assert 0.5 < max(shares) <= 1.0
 
 
 def test_memory_bounds_who_may_run(folder):

@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from app.errors import UserError
+from app.service import Limits, Request, Service, sentence_of
 from modification import generate, load
 from modification.errors import LoadError
 from modification.measure.estimate import config_of, estimate
@@ -331,6 +333,34 @@ def test_a_thousand_damaged_folders(whole, tmp_path):
     each()
     assert sum(outcomes.values()) >= 1000
     assert min(outcomes["loaded"], outcomes["refused"]) > 100, outcomes
+
+
+def test_damaged_folders_in_the_app(whole, tmp_path):
+    """A sentence for the page or an answer; whatever came before, the next whole model answers."""
+    outcomes = Counter()
+
+    @settings(
+        max_examples=100, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
+    @given(how=DAMAGE)
+    def each(how):
+        copy = tmp_path / "damaged"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(whole[0], copy)
+        damage(copy, how)
+        service = Service({"damaged": copy, "whole": whole[0]}, limits=Limits(frame=0.0))
+        for name in ("damaged", "whole"):
+            try:
+                *_, last = service.run("one", 0.5, Request("Hello", name, 2, 0.0, chat=False))
+                outcomes[name, "answered"] += last.tape.count('"n"') > 0 or name == "damaged"
+            except (UserError, FloatingPointError) as error:
+                outcomes[name, "refused" if sentence_of(error) else "failed"] += 1
+        assert service.desk.turnstile.count() == (0, 0)
+
+    each()
+    assert outcomes["whole", "answered"] >= 100
+    assert not any(how == "failed" for _, how in outcomes), outcomes
+    assert min(outcomes["damaged", "answered"], outcomes["damaged", "refused"]) > 10, outcomes
 
 
 def test_a_refused_model_leaves_the_random_numbers_alone(folder):

@@ -134,6 +134,19 @@ def test_a_download_that_breaks_off_goes_on(child, hub):
     assert int(ranges[1].removeprefix("bytes=").removesuffix("-")) > 5_000_000
 
 
+def test_what_is_not_the_file_spoils_nothing(child, hub):
+    """A page of some network's in its place is told; damage on the way is fetched anew, by its hash."""
+    away, here = child('''
+        mode("portal")
+        refused()
+        mode("wrong")
+        refused()
+    ''')
+    assert away.startswith("REFUSED")
+    assert "try again" in away
+    assert here == "LOADED"
+
+
 def test_a_process_killed_in_mid_download_leaves_what_the_next_goes_on_from(start, child, hub):
     """Nothing half fetched is taken for a model meanwhile."""
     killed = start('''

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from app.service import jobs
 from app.service.jobs import Cancelled, Finished, in_thread, one_by_one
 
 
@@ -27,6 +28,19 @@ def test_an_error_of_the_work_is_raised_to_the_reader():
     assert next(run) == "first"
     with pytest.raises(ValueError, match="no good"):
         list(run)
+
+
+def test_without_a_thread_left_nothing_is_held(monkeypatch):
+    """What must be done at the end is done here; what can't begin is over at once."""
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    done = []
+    monkeypatch.setattr("threading.Thread.start", start)
+    jobs.beside(lambda: done.append(1))
+    assert done == [1]
+    with pytest.raises(RuntimeError, match="new thread"):
+        jobs.in_thread(lambda report: None)
 
 
 def test_work_that_nobody_reads_ends_at_its_next_report():

@@ -198,6 +198,40 @@ def test_a_model_in_use_is_not_pushed_out(folder):
         assert library.open("a") is kept
 
 
+def test_no_more_models_are_held_than_may_be(folder):
+    """Where all are in use, the next one waits for its user to come again."""
+    library = Library(dict.fromkeys("abc", folder), Limits(models=2))
+    with library.lend("a"), library.lend("b"):
+        with pytest.raises(UserError, match=r"2 models are in use here, as many as are held at a time"):
+            library.open("c")
+        assert library.held() == ["a", "b"]
+    assert library.open("c").name == "c"
+    assert len(library.held()) == 2
+
+
+def test_loading_leaves_keys_and_values_their_memory(library, monkeypatch):
+    """What runs were promised is not taken for weights."""
+    taken, _ = library.needs("tiny")
+    monkeypatch.setattr("app.service.library.available_bytes", lambda device: 8 * taken)
+    kept = Library(library.listed, Limits(cache_bytes=taken))
+    assert kept.needs("tiny") == (taken, 7 * taken)
+    assert Library(library.listed, Limits(cache_bytes=100 * taken)).needs("tiny") == (taken, 6 * taken)
+
+
+def test_a_listed_models_folder_is_nobodys_business(folder, tmp_path):
+    """Errors call it by its name."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "no"}')
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    service = Service({"mine": tmp_path}, limits=Limits(free_models=False))
+    for ask in (
+        lambda: service.open("mine"), lambda: service.library.needs("mine"),
+        lambda: service.lab.estimate("mine", 10, 1, 0.5, "bf16", "own", "h200"),
+    ):
+        with pytest.raises(UserError) as told:
+            ask()
+        assert str(tmp_path) not in str(told.value)
+
+
 def test_a_shared_app_opens_listed_models_alone(folder, tmp_path):
     service = Service({"tiny": folder}, limits=Limits(free_models=False, convert=False))
     assert service.open("tiny").name == "tiny"

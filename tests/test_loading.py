@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from builders import ALL, REPO, assert_close, dense_model, mod_model, routers, save_folder, tiny_tokenizer, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modification import LoadError, MoDConfig, MoDModel, load, restore
+from modification import LoadError, MoDConfig, MoDModel, chat, load, restore
 from modification.chat import written
 from modification.loading import load_dense_or_mod, resolve
 
@@ -312,7 +313,8 @@ def test_an_unknown_quantization_is_refused(folder):
     ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ nothing.at.all }}",
      "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "{{ raise_exception('no') }}", "{{ 9 ** 9 ** 9 }}",
      "{{ 3**20000 > 0 }}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-     "{{ 'a' * 999_999_999 }}", "{{ 0x7fffffff*'a' }}"],
+     "{{ 'a' * 999_999_999 }}", "{{ 0x7fffffff*'a' }}", "{{ 'a' * 9999 * 9999 * 9999 }}",
+     "{% set n = namespace(v=9) %}{{ n.v*n.v*n.v*n.v*n.v*n.v }}"],
 )
 def test_a_template_that_fails_or_never_ends_is_told(template):
     """In a sentence, and what else traces the thread goes on."""
@@ -321,6 +323,15 @@ def test_a_template_that_fails_or_never_ends_is_told(template):
     with pytest.raises(ValueError, match="the model's chat template fails: "):
         written(tokenizer, [{"role": "user", "content": "Hi"}], seconds=0.3)
     assert sys.gettrace() is before
+
+
+def test_a_template_that_takes_all_memory_is_ended(monkeypatch):
+    """By what the process has grown meanwhile."""
+    tokenizer, seen = tiny_tokenizer(), itertools.count()
+    tokenizer.chat_template = "{% for a in range(9999) %}{{ a ~ 'b' }}{% endfor %}"
+    monkeypatch.setattr(chat, "_resident", lambda: next(seen) * chat._GROWTH)
+    with pytest.raises(ValueError, match=r"it takes more than 1\.1 GB of memory"):
+        written(tokenizer, [{"role": "user", "content": "Hi"}])
 
 
 def test_a_chat_is_written_as_its_template_says():

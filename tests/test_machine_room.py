@@ -213,10 +213,12 @@ def test_told_to_end_it_finishes_what_is_under_way_and_begins_nothing(tmp_path):
         process = int(_listening(url))
         os.kill(process, signal.SIGTERM)
         time.sleep(0.2)
-        late = ask(2)()
+        late, health = ask(2)(), client.get("/health")
         reader.join(60)
         assert '"new_tokens": 2000' in told[0]
-        assert "shutting down" in late or "error" in late
+        assert "event: error" in late
+        assert "shutting down" in late or "connection" in late.lower(), late
+        assert (health.status_code, health.text) == (503, "shutting down\n")
     log.close()
     assert "Ended." in (tmp_path / "log").read_text()
     assert "Traceback" not in (tmp_path / "log").read_text()

@@ -1,5 +1,6 @@
 """Sweeps, benches, estimates and conversions on behalf of the page, on a tiny pair."""
 
+import contextlib
 import json
 import threading
 import time
@@ -129,6 +130,27 @@ def test_a_bench_lets_others_at_the_model(folders):
     served.set()
     thread.join()
     assert not ended.is_set()
+
+
+def test_one_bench_at_a_time(folders):
+    """The next one is told that it waits, though there are places."""
+    service = Service(dict(folders))
+    asked = {"contexts": [16], "loads": [1.0], "new_tokens": 4, "rounds": 20, "stock": False}
+    with contextlib.closing(service.lab.bench("tiny-MoD", None, **asked)) as first:
+        next(one for one in first if one.result is not None)
+        with contextlib.closing(service.lab.bench("tiny-MoD", None, **asked)) as second:
+            assert next(one for one in second if one.waiting is not None).waiting == 1
+    assert results(service.lab.bench("tiny-MoD", None, **{**asked, "rounds": 1}))
+
+
+def test_a_measurement_ends_in_time(folders):
+    """With a sentence; what came until then was shown."""
+    hasty = Service(dict(folders), limits=Limits(measuring=0.0))
+    run, shown = hasty.lab.sweep("tiny-MoD", None, TEXT, [0.0, 0.5, 1.0], 0.02), []
+    with pytest.raises(UserError, match=r"ended after 0 minutes.*Ask for less"):
+        shown.extend(run)
+    assert len(results(shown)) <= 1
+    assert hasty.desk.turnstile.count() == (0, 0)
 
 
 def test_a_bench_without_a_parent_restores_one(service):

@@ -23,6 +23,7 @@ from talkers import talker
 
 from app import ui
 from app.calls import Calls
+from app.errors import UserError
 from app.service import Limits, Request, Service
 from app.tabs import benchmark, chat, explore, sweep
 from app.tabs.shared import OOPS
@@ -196,6 +197,7 @@ def test_odd_requests_over_http(address, service):
             codes["unsent"] += 1
             return
         codes[answer.status_code // 100] += 1
+        assert answer.status_code < 500, (at, answer.status_code, answer.text[:500])
         text = answer.text[:100_000]
         assert not any(leak in text for leak in LEAKS[:3]), (at, text[:500])
         assert "root:x:0" not in text, at
@@ -281,7 +283,9 @@ def test_texts_are_bounded_wherever_they_are(service):
             assert said == "A text of 1,001 characters came; at most 1,000 are read. Shorten it."
 
 
-@pytest.mark.parametrize("path", ["process_recording", "deep_link", "run-history/list", "process_recording/"])
+@pytest.mark.parametrize(
+    "path", ["process_recording", "deep_link", "run-history/list", "process_recording/", "component_server"]
+)
 def test_what_nobody_needs_is_closed(address, path):
     """Of Gradio's own."""
     for method in ("GET", "POST"):
@@ -414,6 +418,18 @@ def test_pages_fetch_nothing_from_elsewhere(address):
     for path in ("/", "/config", "/health"):
         policy = httpx.get(f"{address}{path}").headers["content-security-policy"]
         assert "img-src 'self' data: blob:" in policy
+
+
+def test_ten_million_characters_are_refused_cheaply(address, service, monkeypatch):
+    """Over HTTP before they are read; by the service before its tokenizer sees them."""
+    text = "ten million " * 834_000
+    monkeypatch.setattr(service.open("tiny"), "tokenizer", None)
+    for wanted in (Request(text, "tiny", 3), Request(text, "tiny", 3, chat=False)):
+        with pytest.raises(UserError, match=r"10,008,000 characters"):
+            list(service.run("a", 0.5, wanted))
+    with pytest.raises(UserError, match=r"at most 400,000 characters"):
+        list(service.lab.sweep("tiny", None, text, [0.5], 0.02))
+    assert httpx.post(f"{address}/gradio_api/call/generate", json={"data": plain(text)}, timeout=60).status_code == 413
 
 
 def test_what_is_too_long_is_refused_unread(address, service):

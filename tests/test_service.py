@@ -154,7 +154,9 @@ def test_pieces_add_up_to_the_text(text):
 @pytest.mark.parametrize("damage", [
     {"info": {"anchors": None}}, {"info": {"special": 5}}, {"info": {"shape": 3}}, {"info": 7},
     {"info": {"shape": {"layer_weights": "many"}}}, {"info": {"likely": {"a": 1}}}, {"depth": 10**9}, {"depth": 0},
-    {"mod_layers": [9]}, {"steps": [{"tokens": [1]}]}, {"format": 99}, {"texts": ["a", "b"]},
+    {"mod_layers": [9]}, {"mod_layers": [2, 1]}, {"mod_layers": [1, 1]}, {"texts": ["a" * 1001]},
+    {"info": {"title": "a" * 1001}}, {"info": {"likely": [["a" * 1001]]}},
+    {"steps": [{"tokens": [1]}]}, {"format": 99}, {"texts": ["a", "b"]},
 ])
 def test_a_broken_trace_is_a_sentence(service, damage):
     """Whatever is wrong with it: nothing else than UserError."""
@@ -201,7 +203,7 @@ def test_words_that_look_like_the_end_of_a_line_lose_no_run(service, odd):
 
 def test_a_trace_that_is_too_large_is_refused_unread(folder):
     with pytest.raises(UserError, match=r"at most 0 MB|0\.0 MB"):
-        Service({}, limits=Limits(file_bytes=10)).read_trace(b"x" * 100)
+        Service({}, limits=Limits(trace_bytes=10)).read_trace(b"x" * 100)
 
 
 def test_turnstile_lets_in_by_order_of_arrival():

@@ -11,6 +11,8 @@ import torch
 from builders import ALL, assert_close, dense_model, mod_model, tokens
 
 from modification import MoDConfig, RoutingTrace, generate
+from modification.executor import executor_of, native
+from modification.sampling import Sampler
 
 every_family = pytest.mark.parametrize("variant", ALL)
 
@@ -253,8 +255,6 @@ def test_sampling_stays_within_its_bounds(options, allowed):
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
 def test_top_p_keeps_the_same_tokens_as_sorting_them_all(top_p, spread):
     """Whether the likeliest few hold the mass or not: flat and peaked distributions over 5,000 tokens."""
-    from modification.sampling import Sampler
-
     scores = spread * torch.randn(5000)
     weights, ids = Sampler(1.0, top_p, 0, 0, torch.device("cpu"))._candidates(scores)
     ordered, order = torch.softmax(scores, -1).sort(descending=True)
@@ -316,3 +316,33 @@ def test_a_dense_model_is_refused():
     """The sentence says what to do."""
     with pytest.raises(ValueError, match="convert"):
         generate(dense_model("llama"), tokens(1, 6), p=0.5, max_new_tokens=1)
+
+
+def test_a_greedy_choice_is_the_same_whoever_makes_it():
+    """The kernels say which token is likeliest, and how likely; the sampler finds the same in the logits."""
+    model = mod_model("llama")
+    executor, cache = executor_of(model), model.new_cache()
+    executor.prefill(tokens(1, 20)[0], cache, 0.4)
+    for token in range(30):
+        done = executor.decode([token], [cache], [0.4])
+        choose = Sampler(0.0, 1.0, 0, 0, torch.device("cpu"))
+        found = choose(done.logits[0])
+        assert found.token == done.logits[0].argmax()
+        for told, logprob in done.likeliest:
+            assert told == found.token
+            assert logprob == pytest.approx(found.logprob, abs=1e-5)
+
+
+def test_logits_that_are_no_numbers_are_told_by_the_kernels_too():
+    """As by the sampler."""
+    built, why = native.library()
+    if built is None:
+        pytest.skip(f"no kernels on this machine: {why}")
+    model = mod_model("llama")
+    executor, cache = executor_of(model), model.new_cache()
+    executor.prefill(tokens(1, 20)[0], cache, 0.0)
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    done = executor.decode([1], [cache], [0.0])
+    with pytest.raises(FloatingPointError, match="not a number"):
+        Sampler(0.0, 1.0, 0, 0, torch.device("cpu")).settle(*done.likeliest[0])

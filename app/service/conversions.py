@@ -6,6 +6,7 @@ A process can be ended at any moment, and what it wrote stays: checkpoints, log 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from app.errors import UserError
+from app.service.jobs import beside
 from app.service.paths import real
 from modification import MoDModel
 from modification.conversion.calibrate import CALIBRATION_TOKENS
@@ -226,7 +228,7 @@ class Conversions:
                 time.sleep(_POLL)
         finally:
             # Not here: whoever closes this iterator must not wait for the process.
-            threading.Thread(target=self._end, args=(process,), daemon=True).start()
+            beside(functools.partial(self._end, process))
         end, failed = f"Converted: {out}", False
         if code:
             end, failed = _last_words(output) if code > 0 else f"The conversion was ended by signal {-code}.", True

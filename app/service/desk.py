@@ -35,6 +35,11 @@ class Desk:
         )
         self._closed, self._active = threading.Event(), set[object]()
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing new is begun any more."""
+        return self._closed.is_set()
+
     @contextlib.contextmanager
     def request(self, kind: str) -> Iterator[None]:
         """A request from its beginning to its end.
@@ -66,17 +71,8 @@ class Desk:
         Raises:
             UserError: no place for it, now or ever.
         """
-        ticket = object()
-        self.turnstile.join(ticket, user, need, own)
-
-        def line() -> Iterator[Update]:
-            while (ahead := self.turnstile.wait(ticket, _BEAT)) is not None:
-                yield Update(waiting=ahead)
-
-        try:
-            yield line()
-        finally:
-            self.turnstile.leave(ticket)
+        with in_line(self.turnstile, user, need, own) as line:
+            yield line
 
     def close(self, patience: float) -> bool:
         """Begin nothing new, and wait for what is under way; whether all came to its end."""
@@ -85,3 +81,21 @@ class Desk:
         while self._active and time.monotonic() < until:
             time.sleep(0.05)
         return not self._active
+
+
+@contextlib.contextmanager
+def in_line(
+    turnstile: Turnstile, user: str = "", need: int = 0, own: Callable[[], int] = lambda: 0
+) -> Iterator[Iterator[Update]]:
+    """A place behind a turnstile; see :meth:`Desk.place`."""
+    ticket = object()
+    turnstile.join(ticket, user, need, own)
+
+    def line() -> Iterator[Update]:
+        while (ahead := turnstile.wait(ticket, _BEAT)) is not None:
+            yield Update(waiting=ahead)
+
+    try:
+        yield line()
+    finally:
+        turnstile.leave(ticket)

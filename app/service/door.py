@@ -135,9 +135,9 @@ class Service:
         Raises:
             UserError: too large, or no trace.
         """
-        if len(data) > self.limits.file_bytes:
+        if len(data) > self.limits.trace_bytes:
             raise UserError(
-                f"The file has {len(data) / 1e6:.1f} MB; traces of at most {self.limits.file_bytes / 1e6:.0f} MB are "
+                f"The file has {len(data) / 1e6:.1f} MB; traces of at most {self.limits.trace_bytes / 1e6:.0f} MB are "
                 "read."
             )
         try:

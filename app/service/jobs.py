@@ -125,8 +125,20 @@ def in_thread(work: Callable[[Report], Any]) -> Mailbox:
         except BaseException as error:  # handed on to the reader
             box.fail(error)
 
-    threading.Thread(target=go, daemon=True).start()
+    try:
+        threading.Thread(target=go, daemon=True).start()
+    except RuntimeError:  # the system has no thread left: nobody will ever report
+        box.ended.set()
+        raise
     return box
+
+
+def beside(work: Callable[[], None]) -> None:
+    """Do it in a thread of its own; here, if the system has none left: it must be done."""
+    try:
+        threading.Thread(target=work, daemon=True).start()
+    except RuntimeError:
+        work()
 
 
 def once_ended(box: Mailbox, held: contextlib.ExitStack) -> Callable[..., None]:
@@ -139,6 +151,6 @@ def once_ended(box: Mailbox, held: contextlib.ExitStack) -> Callable[..., None]:
         if box.ended.is_set():
             held.close()
         else:
-            threading.Thread(target=wait, daemon=True).start()
+            beside(wait)
 
     return leave

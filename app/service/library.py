@@ -26,6 +26,7 @@ from modification.loading import HUB_ID, as_mod, check_folder, load_dense_or_mod
 from modification.measure.cost import ModelShape
 from modification.measure.memory import available_bytes, weight_bytes
 
+_PAIR = 2  # models that a chat holds together
 _NAME = 4096  # characters of a name: as many as a path may have
 _BEAT = 0.25  # seconds between two looks at a load
 _LOAD_ROOM = 1.2  # files are read into buffers beside the weights
@@ -133,10 +134,8 @@ class Library:
             UserError: no such model.
         """
         source, options = parse(self.check(name))
-        try:
-            return _needs(resolve(self.listed.get(source, source)), options)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        with self._about(options.label(source)) as (shown, _):
+            return self._needs(resolve(shown), options)
 
     def mod_layers(self, name: str) -> tuple[int, ...]:
         """Indices of a model's MoD layers, from memory or from its folder's config; empty where that can't be told."""
@@ -193,6 +192,29 @@ class Library:
                 del self._models[spare.pop(0)]
             self._models[key] = loaded
 
+    def _check_room(self, key: str, place: str, options: Options) -> None:
+        """A model and its weights must fit; models that nobody uses make room."""
+        with self._table:
+            lent = sum(model.users > 0 for model in self._models.values())
+        if lent >= max(self.limits.models, _PAIR):
+            raise UserError(
+                f"{lent} models are in use here, as many as are held at a time. Try again once one of them is free."
+            )
+        taken, free = self._needs(place, options)
+        if taken > free and self._let_go():
+            taken, free = self._needs(place, options)
+        if taken > free:
+            raise UserError(
+                f"{key} needs about {taken / 1e9:.1f} GB (estimated) and {free / 1e9:.1f} GB are free beside what is "
+                "kept for keys and values: choose a smaller model, 4-bit or 8-bit weights, or close something."
+            )
+
+    def _needs(self, place: str, options: Options) -> tuple[int, int]:
+        """Bytes that weights take, and that are free for them: keys and values keep what they were promised."""
+        taken = weight_bytes(place, DTYPES.get(options.dtype or ""), options.quantization)
+        free = sum(map(available_bytes, options.places))
+        return int(taken * _LOAD_ROOM), free - min(self.limits.cache_bytes, free // 4)
+
     def _let_go(self) -> int:
         """Drop all models that nobody uses right now; how many there were."""
         with self._table:
@@ -224,14 +246,7 @@ class Library:
 
     def _load(self, key: str, place: str) -> Loaded:
         with self._about(key, place) as (shown, options):
-            taken, free = _needs(place, options)
-            if taken > free and self._let_go():
-                taken, free = _needs(place, options)
-            if taken > free:
-                raise UserError(
-                    f"{key} needs about {taken / 1e9:.1f} GB (estimated) and {free / 1e9:.1f} GB are free: choose a "
-                    "smaller model, 4-bit or 8-bit weights, or close something."
-                )
+            self._check_room(key, place, options)
             found, tokenizer = load_dense_or_mod(
                 place, dtype=DTYPES.get(options.dtype or ""),
                 quantization=options.quantization,  # type: ignore[arg-type]
@@ -264,8 +279,3 @@ class _Job:
         self.here, self.total = here, total
         if not self.readers:
             raise UserError("The download was stopped. What is here already is kept: load the model again to go on.")
-
-
-def _needs(place: str, options: Options) -> tuple[int, int]:
-    taken = weight_bytes(place, DTYPES.get(options.dtype or ""), options.quantization)
-    return int(taken * _LOAD_ROOM), sum(map(available_bytes, options.places))

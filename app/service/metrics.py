@@ -59,7 +59,7 @@ class Metrics:
         except GeneratorExit:
             outcome = "left"
             raise
-        except Exception as error:
+        except BaseException as error:  # panics of libraries in Rust are no Exceptions
             foreseen = isinstance(error, UserError)
             outcome = "refused" if foreseen else "failed"
             if not foreseen:

@@ -31,6 +31,8 @@ class Limits:
         text_characters, text_tokens: longest text of a sweep, before and after it is split into tokens.
         thresholds: most of a sweep.
         file_bytes: largest file that can be uploaded.
+        trace_bytes: largest trace that is read; what it shows stays in memory as long as its page is open.
+        measuring: seconds that a sweep or a benchmark may take; it ends between two timings.
         body_bytes: longest HTTP request that is no upload.
         folders: where model folders may lie; empty: anywhere, if others than the listed may be opened at all.
         frame: least seconds between two pictures of a run, up to thrice that where tokens come fast; a message a token
@@ -53,6 +55,8 @@ class Limits:
     text_tokens: int = 32_768
     thresholds: int = 101
     file_bytes: int = 20_000_000
+    trace_bytes: int = 4_000_000
+    measuring: float = 1800.0
     body_bytes: int = 8_000_000
     folders: tuple[Path, ...] = ()
     frame: float = 0.1

@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import Dataset
 
 SEPARATOR = "<|endoftext|>"
+_PIECE, _LONGEST = 1 << 20, 200_000_000  # characters that are read at once, and of a document at most
 _OPEN_ROWS = 64  # blocks that are still being filled
 _Item = TypeVar("_Item")
 _Ids = TypeVar("_Ids", np.int32, np.int64)
@@ -211,9 +212,20 @@ def _open(path: Path) -> TextIO:
 
 def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with _open(path) as file:
-        for number, text in enumerate(file.read().split(SEPARATOR), 1):
+        for number, text in enumerate(_separated(file), 1):
             if text.strip():
                 yield f"{path.name}, document {number}", {"text": text.strip()}
+
+
+def _separated(file: TextIO) -> Iterator[str]:
+    """What stands between separators, read piece by piece: an unpacked file may be far larger than it looks."""
+    rest = ""
+    while piece := file.read(_PIECE):
+        *whole, rest = (rest + piece).split(SEPARATOR)
+        yield from whole
+        if len(rest) > _LONGEST:
+            raise ValueError(f"a document of more than {_LONGEST:,} characters: separate documents by {SEPARATOR}")
+    yield rest
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -26,11 +26,13 @@ class Pass:
         logits: of the last token (prefill, B = 1) or of each row's token (decode), [B, V].
         scores: router gates per MoD layer, [M, N] for N tokens or rows.
         routed: whether they ran there, [M, N].
+        likeliest: each row's likeliest token and its log-probability, B of them, where they were found on the way.
     """
 
     logits: Tensor
     scores: npt.NDArray[np.float32]
     routed: npt.NDArray[np.bool_]
+    likeliest: Sequence[tuple[int, float]] = ()
 
 
 class Executor(ABC):

@@ -1,4 +1,4 @@
-// Decoding on a CPU: one token of each of R rows through a Llama-shaped layer, in one parallel region.
+// Decoding on a CPU: one token of each of R rows through a Llama-shaped model, a parallel region a layer.
 //
 // A decode step is bound by memory, so each kernel streams its weights, keys and values once and keeps
 // everything else in registers and first-level cache. Weights are read where torch holds them: nothing is
@@ -38,6 +38,7 @@ constexpr int OUTPUTS = 4;   // that go together at most
 constexpr int ROWS = 8;      // rows that share one pass over a matrix
 constexpr int STEPS = 2;     // independent sums of a product: one would leave the units waiting where rows are few
 constexpr int KEYS = 128;    // keys per softmax block: a block of scores and keys stays in cache
+constexpr double OPEN = 40.0, THIN = 1e-9;  // as in routing.py
 constexpr int STRETCH = 256; // keys, at most, that one thread attends to at a time
 
 using vec = float __attribute__((vector_size(4 * LANES)));
@@ -420,6 +421,16 @@ void score(const Shape& shape, const float* routers, const float* biases, const 
     }
 }
 
+// A router's logit as a score: its sigmoid, bent by the dial (routing.bend); NaN opens the gate, as in the router.
+float gate(float logit, const double* dial, int64_t points) {
+    const double raw = (float)(1.0 / (1.0 + std::exp(-std::max(std::isnan(logit) ? OPEN : (double)logit, -700.0))));
+    if (!points) return (float)raw;
+    const int64_t at = std::upper_bound(dial, dial + points, raw) - dial;
+    const double low = at ? dial[at - 1] : 0.0, high = at < points ? dial[at] : 1.0;
+    const double along = std::min(1.0, std::max(0.0, (raw - low) / std::max(high - low, THIN)));
+    return (float)(((double)at + along) / (double)(points + 1));
+}
+
 template <class T>
 void run(const Layer& layer, const Shape& shape, const Row* rows, int64_t count, float* x, const float* cosines,
          const float* sines, const float* routers, const float* biases, float* logits, int threads) {
@@ -479,39 +490,85 @@ void project_head(const T* norm, const T* weight, const Shape& shape, const floa
              [&](int64_t r, int64_t o, float y) { out[r * vocabulary + o] = y; });
 }
 
+// The first of the largest of n logits, and its log-probability; that is NaN where a logit is none, or infinite.
+float likeliest(const float* logits, int64_t n, int64_t* best) {
+    float top = -INFINITY;
+    bool broken = false;
+    for (int64_t i = 0; i < n; ++i) {
+        broken |= std::isnan(logits[i]);
+        top = std::max(top, logits[i]);
+    }
+    *best = 0;
+    if (broken || std::isinf(top)) return NAN;
+    while (logits[*best] != top) ++*best;
+    vec totals{};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) totals += exponential(load(logits + i) - top);
+    float total = sum(totals);
+    for (; i < n; ++i) total += std::exp(logits[i] - top);
+    return -std::log(total);
+}
+
 }  // namespace
 
 extern "C" {
 
 // Each function returns 0, or 1 where memory ran out: nothing may be thrown into a caller that is not C++.
 
-// x [B, width] += the layer, for the rows given; then those rows' router logits [B, routers].
-int32_t mod_layer(const Layer* layer, const Shape* shape, const Row* rows, int64_t count, float* x,
-                  const float* cosines, const float* sines, const float* routers, const float* biases, float* logits,
-                  int32_t threads) try {
-    if (shape->half)
-        run<bf16>(*layer, *shape, rows, count, x, cosines, sines, routers, biases, logits, threads);
-    else
-        run<float>(*layer, *shape, rows, count, x, cosines, sines, routers, biases, logits, threads);
+struct Step {  // one token of each of `count` rows
+    const Layer* const* layers;  // [depth]
+    const uint8_t* routed;       // [depth]: whether it is a MoD layer
+    const Row* rows;             // [depth, count]
+    int64_t depth, count;
+    const double* dial;          // [points], or null
+    int64_t points;
+    const float *routers, *biases, *thresholds;  // thresholds: [routers, count]
+    const uint8_t* anchored;     // [count]: rows that run everywhere
+    const float *cosines, *sines;
+    float *x, *logits, *gates;   // [count, width]; scratch [count, routers]; out: [routers, count]
+    uint8_t* runs;               // out: [routers, count]
+};
+
+// x through all layers, each row through those that it is routed to. A row is scored at every router at once after each
+// layer that ran: a skipped layer leaves it as it is.
+int32_t mod_step(const Shape* shape, const Step* step, int32_t threads) try {
+    static thread_local std::vector<Row> running;
+    const int64_t count = step->count;
+    for (int64_t r = 0; r < count; ++r)
+        score(*shape, step->routers, step->biases, step->x, step->logits, r, {0, shape->routers});
+    int64_t router = 0;
+    for (int64_t l = 0; l < step->depth; ++l) {
+        const Row* rows = step->rows + l * count;
+        running.assign(rows, rows + count);
+        if (step->routed[l]) {
+            running.clear();
+            for (int64_t r = 0; r < count; ++r) {
+                const int64_t at = router * count + r;
+                step->gates[at] = gate(step->logits[r * shape->routers + router], step->dial, step->points);
+                step->runs[at] = step->gates[at] >= step->thresholds[at] || step->anchored[r];
+                if (step->runs[at]) running.push_back(rows[r]);
+            }
+            ++router;
+        }
+        if (running.empty()) continue;
+        const auto go = shape->half ? run<bf16> : run<float>;
+        go(*step->layers[l], *shape, running.data(), (int64_t)running.size(), step->x, step->cosines, step->sines,
+           step->routers, step->biases, step->logits, threads);
+    }
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;
 }
 
-// Router logits [count, routers] of x [count, width].
-int32_t mod_score(const Shape* shape, const float* routers, const float* biases, const float* x, int64_t count,
-                  float* logits) {
-    for (int64_t r = 0; r < count; ++r) score(*shape, routers, biases, x, logits, r, {0, shape->routers});
-    return 0;
-}
-
-// Final norm and vocabulary projection: x [count, width] -> out [count, vocabulary].
+// Final norm and vocabulary projection: x [count, width] -> out [count, vocabulary]; each row's likeliest token and its
+// log-probability, [count] each.
 int32_t mod_head(const void* norm, const void* weight, const Shape* shape, const float* x, int64_t count,
-                 int64_t vocabulary, float* out, int32_t threads) try {
+                 int64_t vocabulary, float* out, int64_t* best, float* logprobs, int32_t threads) try {
     if (shape->half)
         project_head((const bf16*)norm, (const bf16*)weight, *shape, x, count, vocabulary, out, threads);
     else
         project_head((const float*)norm, (const float*)weight, *shape, x, count, vocabulary, out, threads);
+    for (int64_t r = 0; r < count; ++r) logprobs[r] = likeliest(out + r * vocabulary, vocabulary, best + r);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import hashlib
 import logging
-import math
 import os
 import platform
 import shlex
@@ -29,7 +28,6 @@ from modification.cache import RaggedCache
 from modification.config import Threshold, threshold_at
 from modification.executor.base import Pass
 from modification.executor.blocks import Block, stacked_routers
-from modification.routing import OPEN, bend_one
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # Fast maths short of -ffast-math: that one would also change how the whole process treats denormals.
@@ -63,6 +61,15 @@ class _Row(ctypes.Structure):
     ]
 
 
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, _Pointer) for name in ("layers", "routed", "rows")), ("depth", _Count), ("count", _Count),
+        ("dial", _Pointer), ("points", _Count),
+        *((name, _Pointer) for name in ("routers", "biases", "thresholds", "anchored", "cosines", "sines")),
+        *((name, _Pointer) for name in ("x", "logits", "gates", "runs")),
+    ]
+
+
 class NativeDecoder:
     """One decode step of a Llama-shaped MoD model on the CPU.
 
@@ -76,11 +83,14 @@ class NativeDecoder:
         self.model, self.blocks, self.library = model, blocks, library
         config, base = model.config, model.model
         self.embedding, self.anchors = base.embed_tokens.weight.detach(), model.mod_config.anchors
-        self.layers = [_layer(block) for block in blocks]
+        layers, depth = [_layer(block) for block in blocks], len(blocks)
+        self.layers = (_Pointer * depth)(*(ctypes.addressof(layer) for layer in layers))
+        self.routed = (ctypes.c_uint8 * depth)(*(block.router is not None for block in blocks))
         # Storage must outlive a generation, even if the model is moved or cast meanwhile.
-        self.kept = [weight.detach() for weight in model.parameters()]
+        self.kept = [*layers, *(weight.detach() for weight in model.parameters())]
         self.routers, self.biases = stacked_routers(blocks, config.hidden_size)
-        self.dial = model.mod_config.dial
+        dial = model.mod_config.dial
+        self.dial = (ctypes.c_double * len(dial))(*dial)
         head, kv_heads = blocks[0].head, config.num_key_value_heads
         self.shape = _Shape(
             config.hidden_size, config.num_attention_heads, kv_heads, head, config.intermediate_size, len(self.biases),
@@ -92,38 +102,43 @@ class NativeDecoder:
 
     def decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
         """One token of each of B rows; see :meth:`Executor.decode`."""
-        count, routers = len(tokens), self.shape.routers
-        places = [cache.get_seq_length() for cache in caches]
+        count, routers = len(tokens), int(self.shape.routers)
+        places, held = [cache.get_seq_length() for cache in caches], [cache.nbytes() for cache in caches]
+        stores = [[cache.layers[index].row() for cache in caches] for index in range(len(self.blocks))]
+        grown = {row for layer in stores for row, store in enumerate(layer) if store.end == store.capacity}
+        rows = (_Row * (len(stores) * count))()
+        for at, (layer, block) in enumerate(zip(stores, self.blocks, strict=True)):
+            for row, store in enumerate(layer):
+                self._place(rows[at * count + row], store, row, places[row], block.window)
+        x, gates, runs = self._run(tokens, places, rows, p)
+        ran, written = iter(runs.reshape(routers, count).tolist()), [0] * count
+        for layer, routed in zip(stores, self.routed, strict=True):
+            for row, (store, run) in enumerate(zip(layer, next(ran) if routed else [1] * count, strict=True)):
+                store.end += run
+                written[row] += run
+        for row, cache in enumerate(caches):
+            stored = held[row].stored + written[row] * cache.entry_bytes
+            cache.advance_all(1, None if row in grown else (stored, held[row].allocated))
+        logits, likeliest = self._head(x)
+        return Pass(logits, gates.reshape(routers, count), runs.reshape(routers, count).astype(bool), likeliest)
+
+    def _run(self, tokens: Sequence[int], places: list[int], rows: Any, p: Sequence[Threshold]) -> tuple[Any, Any, Any]:
+        """All layers: the rows' last hidden states [B, W], gates and decisions [M * B]."""
+        count, routers = len(tokens), int(self.shape.routers)
         x = self.embedding[torch.tensor(tokens, device="cpu")].float()
         cosines, sines = self._angles(places)
-        ahead = (ctypes.c_float * (count * routers))()
-        router_pointers = (self.routers.data_ptr(), self.biases.data_ptr())
-        threads, shape = torch.get_num_threads(), ctypes.byref(self.shape)
-        self.library.mod_score(shape, *router_pointers, x.data_ptr(), count, ahead)
-        everyone, rows = range(count), (_Row * count)()
-        fixed = (x.data_ptr(), cosines.data_ptr(), sines.data_ptr(), *router_pointers, ahead, threads)
-        scores, routed = list[list[float]](), list[list[bool]]()
-        for index, block in enumerate(self.blocks):
-            running: Sequence[int] = everyone
-            if block.router is not None:
-                bounds = [_single(threshold_at(one, len(scores))) for one in p]
-                gates = [_gate(ahead[row * routers + len(scores)], self.dial) for row in everyone]
-                runs = [gates[row] >= bounds[row] or places[row] < self.anchors for row in everyone]
-                scores.append(gates)
-                routed.append(runs)
-                running = [row for row in everyone if runs[row]]
-            if not running:
-                continue
-            stores = [caches[row].layers[index].row() for row in running]
-            for at, (row, store) in enumerate(zip(running, stores, strict=True)):
-                self._place(rows[at], store, row, places[row], block.window)
-            self.library.mod_layer(self.layers[index], shape, rows, len(running), *fixed)
-            for store in stores:
-                store.end += 1
-        for cache in caches:
-            cache.advance_all(1)
-        size = (routers, count)
-        return Pass(self._head(x), np.array(scores, np.float32).reshape(size), np.array(routed, bool).reshape(size))
+        bounds = [threshold_at(one, at) for at in range(routers) for one in p]
+        thresholds, anchored = np.array(bounds, np.float32), np.array(places, np.int64) < self.anchors
+        gates, runs = np.empty(routers * count, np.float32), np.empty(routers * count, np.uint8)
+        logits = np.empty(routers * count, np.float32)
+        step = _Step(
+            ctypes.addressof(self.layers), ctypes.addressof(self.routed), ctypes.addressof(rows), len(self.blocks),
+            count, ctypes.addressof(self.dial), len(self.dial), self.routers.data_ptr(), self.biases.data_ptr(),
+            thresholds.ctypes.data, anchored.ctypes.data, cosines.data_ptr(), sines.data_ptr(), x.data_ptr(),
+            logits.ctypes.data, gates.ctypes.data, runs.ctypes.data,
+        )
+        self.library.mod_step(ctypes.byref(self.shape), ctypes.byref(step), torch.get_num_threads())
+        return x, gates, runs
 
     def _place(self, row: _Row, store: Any, index: int, column: int, window: int | None) -> None:
         store.make_place(self.like)
@@ -138,14 +153,16 @@ class NativeDecoder:
         scaling: float = rotary.attention_scaling
         return angles.cos() * scaling, angles.sin() * scaling
 
-    def _head(self, x: Tensor) -> Tensor:
-        weight = self.head
-        out = torch.empty(len(x), len(weight), dtype=torch.float32, device="cpu")  # whatever the defaults are
+    def _head(self, x: Tensor) -> tuple[Tensor, list[tuple[int, float]]]:
+        """Logits [B, V], and each row's likeliest token with its log-probability."""
+        weight, count = self.head, len(x)
+        out = torch.empty(count, len(weight), dtype=torch.float32, device="cpu")  # whatever the defaults are
+        best, logprobs = (_Count * count)(), (ctypes.c_float * count)()
         self.library.mod_head(
-            self.norm.data_ptr(), weight.data_ptr(), ctypes.byref(self.shape), x.data_ptr(), len(x),
-            len(weight), out.data_ptr(), torch.get_num_threads(),
+            self.norm.data_ptr(), weight.data_ptr(), ctypes.byref(self.shape), x.data_ptr(), count,
+            len(weight), out.data_ptr(), best, logprobs, torch.get_num_threads(),
         )
-        return out
+        return out, list(zip(best, logprobs, strict=True))
 
 
 def native_obstacle(model: Any, blocks: Sequence[Block]) -> str | None:
@@ -238,10 +255,9 @@ def _key(compiler: Sequence[str]) -> str:
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the functions' arguments."""
     p, n, i = _Pointer, _Count, ctypes.c_int32
-    library.mod_layer.argtypes = [p, p, p, n, p, p, p, p, p, p, i]
-    library.mod_score.argtypes = [p, p, p, p, n, p]
-    library.mod_head.argtypes = [p, p, p, p, n, n, p, i]
-    for function in (library.mod_layer, library.mod_score, library.mod_head):
+    library.mod_step.argtypes = [p, p, i]
+    library.mod_head.argtypes = [p, p, p, p, n, n, p, p, p, i]
+    for function in (library.mod_step, library.mod_head):
         function.restype, function.errcheck = i, _memory  # type: ignore[assignment]
     return library
 
@@ -269,20 +285,7 @@ def _layer(block: Block) -> Any:
             found[name] = part.weight.data_ptr()
             if name in "qkvo" and part.bias is not None:
                 found[f"{name}_bias"] = part.bias.data_ptr()
-    return ctypes.pointer(_Layer(**found))
-
-
-def _gate(logit: float, dial: Sequence[float]) -> float:
-    """sigmoid, bent by the dial; NaN opens the gate, as in the router."""
-    if math.isnan(logit):
-        logit = OPEN
-    raw = _single(1.0 / (1.0 + math.exp(-max(logit, -700.0))))
-    return _single(bend_one(raw, dial)) if dial else raw
-
-
-def _single(value: float) -> float:
-    """Rounded to float32, in which the other paths compare."""
-    return ctypes.c_float(value).value
+    return _Layer(**found)
 
 
 def _reason(error: Exception) -> str:

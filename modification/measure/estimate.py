@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -130,8 +131,9 @@ def _read(source: str) -> Any:
     path = Path(source).expanduser()
     path = path / "config.json" if path.is_dir() else path
     try:
-        if path.is_file():
-            check_config(path, read_config(path))
+        if not path.is_file():
+            path = Path(hf_hub_download(source, "config.json"))
+        check_config(path, read_config(path))
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a missing or damaged config makes the readers raise
         raise ValueError(f"{source} has no config that can be read: {first_line(error)}") from error

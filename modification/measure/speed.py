@@ -94,9 +94,14 @@ class Given(Sampler):
         self.tokens, self.first = iter(tokens), 0.0
 
     def __call__(self, logits: Tensor) -> Choice:
-        logprob = super().__call__(logits).logprob
+        return self._given(super().__call__(logits))
+
+    def settle(self, token: int, logprob: float) -> Choice:
+        return self._given(super().settle(token, logprob))
+
+    def _given(self, choice: Choice) -> Choice:
         self.first = self.first or time.perf_counter()
-        return Choice(next(self.tokens), logprob)
+        return Choice(next(self.tokens), choice.logprob)
 
 
 def time_engine(executor: Executor, model: Any, work: Work, p: float) -> Timing:
@@ -139,7 +144,8 @@ def time_bare(executor: Executor, model: Any, work: Work, p: float, mod_layers: 
             executor.prefill(ids, cache, p)
         first = _now(model.device)
         for tokens in work.follow.T.tolist():
-            executor.decode(tokens, caches, [p] * len(caches)).logits.argmax(-1).tolist()
+            done = executor.decode(tokens, caches, [p] * len(caches))
+            _ = done.likeliest or done.logits.argmax(-1).tolist()
         end = _now(model.device)
     return Timing(first - start, first - start, (end - first) / work.follow.shape[1], peak.bytes)
 
