@@ -35,8 +35,8 @@ class Calls:
     """
 
     def __init__(self, demo: gr.Blocks, longest: int = 1_000_000) -> None:
-        self._longest = longest
-        self._by_number = {number: _Takes(fn) for number, fn in demo.fns.items()}
+        self._demo, self._longest = demo, longest
+        self._by_number = {number: _Takes(fn) for number, fn in demo.fns.items() if fn.fn}
         self._by_name = {str(fn.api_name): _Takes(fn) for fn in demo.fns.values() if fn.api_name}
         named = demo.get_api_info()["named_endpoints"]
         self._parameters = {path.removeprefix("/"): endpoint["parameters"] for path, endpoint in named.items()}
@@ -51,11 +51,11 @@ class Calls:
         try:
             call = json.loads(body)
         except (ValueError, RecursionError):
-            return None
+            return "The body has to be JSON."
         if found is None or not isinstance(call, dict):
             return None
-        if not _writable(call):
-            return "There is half a character (a lone surrogate) in it."
+        if (odd := _unwritable(call)) is not None:
+            return odd
         if (length := _longest_text(call)) > self._longest:
             return f"A text of {length:,} characters came; at most {self._longest:,} are read. Shorten it."
         if found["keyed"]:
@@ -68,13 +68,21 @@ class Calls:
                 return "fn_index has to be a whole number."
             if (takes := self._by_number.get(number)) is not None:
                 return takes.complaint(f"number {number}", call["data"])
-            # Numbers beyond these may be a session's own: controls that are made as it goes, none of which takes files.
-            return "A file came, and none is taken." if _holds_file(call["data"]) else None
+            if _holds_file(call["data"]):
+                return "A file came, and none is taken."
+            made = self._made(number, call.get("session_hash"))
+            return None if made else f"There is no endpoint number {str(number)[:20]}."
         name = found["called"] or found["run"]
         if name is None or name == "predict":
-            return None
+            return "Which endpoint? fn_index has to be its number."
         takes = self._by_name.get(name)
         return takes.complaint(name, call["data"]) if takes else f"There is no endpoint {name[:80]}."
+
+    def _made(self, number: int, session: Any) -> bool:
+        """Whether a number is a session's own: of controls that were made as it went, none of which takes files."""
+        known = self._demo.state_holder.session_data.get(session) if isinstance(session, str) else None
+        own = {} if known is None else known.blocks_config.fns
+        return number in own and own[number].fn is not None
 
     def _keyed(self, name: str, call: dict[str, Any]) -> str | None:
         """The same for values that come by name."""
@@ -137,13 +145,17 @@ def _uploaded(value: Any) -> bool:
     return False
 
 
-def _writable(value: Any) -> bool:
-    """Whether all its text can be sent back."""
+def _unwritable(value: Any) -> str | None:
+    """Why a value can't be sent back, if it can't."""
     try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (UnicodeEncodeError, RecursionError):
-        return False
-    return True
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return "There is half a character (a lone surrogate) in it."
+    except ValueError:
+        return "There is a number in it that is none, or infinite."
+    except RecursionError:
+        return "It is nested too deeply."
+    return None
 
 
 def _holds_file(value: Any) -> bool:

@@ -25,7 +25,7 @@ class Uploads:
     """
 
     def __init__(self, folder: Path, most: int) -> None:
-        self.folder, self.most, self._promised = folder, most, 0
+        self.folder, self.most, self._promised, self._looking = folder, most, 0, asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def room(self, told: int) -> AsyncIterator[bool]:
@@ -33,14 +33,18 @@ class Uploads:
         promised = max(told, _BLOCK * min(_PARTS, told // _PART))
         self._promised += promised  # before anybody else is asked
         try:
-            yield await asyncio.to_thread(self.kept) + self._promised <= self.most
+            async with self._looking:
+                alone = self._promised == promised  # a folder that is empty may be about to get another's file
+                kept = await asyncio.to_thread(self.kept, alone)
+            yield kept + self._promised <= self.most
         finally:
             self._promised -= promised
 
-    def kept(self) -> int:
+    def kept(self, tidy: bool = True) -> int:
         """Bytes on disk of the files that lie here.
 
-        What Gradio forgets goes: files of uploads that broke off, once they are old, and folders that were left empty.
+        What Gradio forgets goes: files of uploads that broke off, once they are old, and (``tidy``) folders that were
+        left empty.
         """
         total = 0
         for path in sorted(self.folder.rglob("*"), reverse=True):  # what is in a folder before the folder
@@ -48,7 +52,7 @@ class Uploads:
                 found, gradios = path.lstat(), _OWN.fullmatch(path.relative_to(self.folder).parts[0]) is not None
                 age = time.time() - found.st_mtime
                 if path.is_dir() and not path.is_symlink():
-                    if gradios and age > _FRESH:
+                    if tidy and gradios and age > _FRESH:
                         path.rmdir()
                 elif gradios and age > _OLD:
                     path.unlink()

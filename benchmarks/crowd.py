@@ -73,17 +73,14 @@ class Told:
     first: float = 0.0
     messages: int = 0
     values: list[Any] = field(default_factory=list)
+    tape: str = ""
 
     def take(self, sent: list[Any]) -> None:
         """One message: all values at first, then what is other than before."""
         changed = self.messages > 0
         self.values = [apply_diff(a, b) for a, b in zip(self.values, sent, strict=True)] if changed else sent
         self.messages += 1
-
-    @property
-    def columns(self) -> list[Any]:
-        """All tokens of the finished run, with their scores and decisions."""
-        return columns(self.values[0]["d"])
+        self.tape = self.values[0].get("d", self.tape)  # an update that skips the view has none; the last one is whole
 
 
 def columns(tape: str) -> list[Any]:
@@ -172,7 +169,7 @@ async def crowd(
                 outcomes[told.outcome] += 1
                 waits.extend([told.first] if told.first else [])
                 if how == "stay" and told.outcome == "done":
-                    got[at] = told.columns
+                    got[at] = columns(told.tape)
                 if sum(outcomes.values()) in (50, requests):
                     await asyncio.sleep(1.0)
                     sizes.append(memory())

@@ -55,7 +55,7 @@ def _check(template: str) -> None:
             open_ones += not given
             if open_ones > _OPEN:
                 raise ValueError(f"it has more than {_OPEN} products of values that are not written out")
-            product *= min(int(number, 0) if len(number) <= _DIGITS else _TIMES + 1 for number in given)
+            product *= max((int(number, 0) if len(number) <= _DIGITS else _TIMES + 1 for number in given), default=1)
             if product > _TIMES:
                 raise ValueError(f"it multiplies by more than {_TIMES:,}")
 

@@ -205,8 +205,8 @@ class Library:
             taken, free = self._needs(place, options)
         if taken > free:
             raise UserError(
-                f"{key} needs about {taken / 1e9:.1f} GB (estimated) and {free / 1e9:.1f} GB are free beside what is "
-                "kept for keys and values: choose a smaller model, 4-bit or 8-bit weights, or close something."
+                f"{key} needs about {taken / 1e9:.1f} GB (estimated), and beside what is kept for keys and values "
+                f"{free / 1e9:.1f} GB are free: choose a smaller model, 4-bit or 8-bit weights, or close something."
             )
 
     def _needs(self, place: str, options: Options) -> tuple[int, int]:

@@ -149,7 +149,8 @@ def _first_process_first() -> Iterator[None]:
     if processes()[1] == 1:
         yield
         return
-    with PartialState().main_process_first():
+    # Not told of a CPU, it takes several processes that a launcher started there for one each.
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
         yield
 
 
