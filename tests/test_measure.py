@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import json
 import math
@@ -13,9 +14,9 @@ import torch
 from builders import DEPTH, VOCABULARY, dense_model, mod_model, save_folder, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from modification import MoDConfig, convert, generate
+from modification import MoDConfig, convert, generate, storage
 from modification.cli import main
-from modification.executor import Stock, base
+from modification.executor import Stock, base, executor_of
 from modification.measure import bench as bench_module
 from modification.measure.bench import bench, dense_twin, random_pair, table
 from modification.measure.cost import ModelShape
@@ -88,6 +89,32 @@ def test_decode_bytes_by_hand():
     assert shape.decode_bytes(2, entries, ~ran | ran, layer_bytes=30) == 2 * 30 + 2 * (50 + 17 * 4) + 4 * 10
     none = shape.decode_bytes(2, entries, np.array([[False, False]]))
     assert none == 2 * (100 + 50 + (5 + 7) * 4) + 4 * 10
+
+
+def reported(work):
+    """What comes of ``work()``, and the bytes that torch's allocator has given for it and not got back."""
+    with torch.profiler.profile(profile_memory=True) as seen:
+        made = work()
+    return made, sum(event.self_cpu_memory_usage for event in seen.key_averages())
+
+
+def test_estimates_are_what_the_allocator_reports(monkeypatch):
+    """Within 2%: weights, and keys and values at the load that was reached."""
+    monkeypatch.setattr(storage, "MAPPED", 1 << 60)  # buffers from torch's allocator, which is asked here
+    model = mod_model("llama", max_position_embeddings=2048)
+    executor, ids = executor_of(model), tokens(1, 1500)[0]
+    executor.prefill(ids[:64], model.new_cache(), 0.5)  # what is made once
+
+    def work():
+        cache = model.new_cache()
+        return cache, float(executor.prefill(ids, cache, 0.5).routed.mean())
+
+    (cache, load), taken = reported(work)
+    found = estimate(model.config, context=1500, load=load, dtype=torch.float32)
+    assert taken == cache.nbytes().allocated
+    assert found.mod.kv == pytest.approx(taken, rel=0.02)
+    _, taken = reported(lambda: copy.deepcopy(model))
+    assert found.mod.weights == pytest.approx(taken, rel=0.02)
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "gpt2", "gpt_neox"])
