@@ -315,12 +315,10 @@ def damage(folder: Path, how: tuple) -> None:
         cut(path, 0.9)
 
 
-def test_a_thousand_damaged_folders(whole, tmp_path):
-    """Cut, scratched, rewritten, emptied: a sentence or a whole model, and both happen."""
-    outcomes = Counter()
-
+def for_each_damage(count, whole, tmp_path, check):
+    """``check`` so many copies of a whole model's folder, each damaged in another way."""
     @settings(
-        max_examples=1000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+        max_examples=count, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
     )
     @given(how=DAMAGE)
     def each(how):
@@ -328,9 +326,19 @@ def test_a_thousand_damaged_folders(whole, tmp_path):
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(whole[0], copy)
         damage(copy, how)
-        outcomes["loaded" if attempt(copy) == "loaded" else "refused"] += 1
+        check(copy)
 
     each()
+
+
+def test_a_thousand_damaged_folders(whole, tmp_path):
+    """Cut, scratched, rewritten, emptied: a sentence or a whole model, and both happen."""
+    outcomes = Counter()
+
+    def check(copy):
+        outcomes["loaded" if attempt(copy) == "loaded" else "refused"] += 1
+
+    for_each_damage(1000, whole, tmp_path, check)
     assert sum(outcomes.values()) >= 1000
     assert min(outcomes["loaded"], outcomes["refused"]) > 100, outcomes
 
@@ -339,15 +347,7 @@ def test_damaged_folders_in_the_app(whole, tmp_path):
     """A sentence for the page or an answer; whatever came before, the next whole model answers."""
     outcomes = Counter()
 
-    @settings(
-        max_examples=100, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
-    )
-    @given(how=DAMAGE)
-    def each(how):
-        copy = tmp_path / "damaged"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(whole[0], copy)
-        damage(copy, how)
+    def check(copy):
         service = Service({"damaged": copy, "whole": whole[0]}, limits=Limits(frame=0.0))
         for name in ("damaged", "whole"):
             try:
@@ -357,7 +357,7 @@ def test_damaged_folders_in_the_app(whole, tmp_path):
                 outcomes[name, "refused" if sentence_of(error) else "failed"] += 1
         assert service.desk.turnstile.count() == (0, 0)
 
-    each()
+    for_each_damage(100, whole, tmp_path, check)
     assert outcomes["whole", "answered"] >= 100
     assert not any(how == "failed" for _, how in outcomes), outcomes
     assert min(outcomes["damaged", "answered"], outcomes["damaged", "refused"]) > 10, outcomes
