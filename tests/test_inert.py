@@ -10,6 +10,7 @@ from browsing import IN_A_BROWSER, columns, visitor, wait_until
 from talkers import talker
 
 from app.headless import served
+from modification.trace import MOST_TEXT
 
 pytestmark = IN_A_BROWSER
 PAYLOADS = [
@@ -75,7 +76,7 @@ def test_traces_are_text(page, tmp_path):
             "kv": [1, 1, 2], "seconds": 0.1, "prefill": False, "likely": [[1, -0.1], [2, -0.2]]}
     trace = {
         "format": 1, "depth": 4, "mod_layers": [1, 2], "texts": PAYLOADS, "steps": [step] * len(PAYLOADS),
-        "info": {"title": ALL, "prompt": ALL, "likely": [[PAYLOADS[0], PAYLOADS[1]]] * len(PAYLOADS)},
+        "info": {"title": ALL[:MOST_TEXT], "prompt": ALL, "likely": [[PAYLOADS[0], PAYLOADS[1]]] * len(PAYLOADS)},
     }
     (tmp_path / "t.json").write_text(json.dumps(trace))
     with page.expect_file_chooser() as chooser:

@@ -41,8 +41,8 @@ def work(tmp_path_factory):
 
 def command(work, out, *more):
     """convert's own words."""
-    return ["-m", "modification", "--threads", "1", "convert", str(work / "parent"), str(out), "--data",
-            str(work / "text.txt"), *SETTINGS, *more]
+    return ["--threads", "1", "convert", str(work / "parent"), str(out), "--data", str(work / "text.txt"), *SETTINGS,
+            *more]
 
 
 def processes(count):
@@ -57,14 +57,20 @@ def processes(count):
 def finish(words):
     """Run to the end; its output if it failed."""
     done = subprocess.run(words, env=ALONE, capture_output=True, text=True, timeout=300, cwd=REPO)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-6000:]
     return done
+
+
+def convert(*words):
+    """In this process."""
+    with torch.enable_grad():
+        assert main(list(words)) == 0
 
 
 @pytest.fixture(scope="module")
 def whole(work):
     """A conversion in one process that nothing disturbed."""
-    finish([sys.executable, *command(work, work / "whole")])
+    convert(*command(work, work / "whole"))
     return work / "whole"
 
 
@@ -79,10 +85,38 @@ def assert_same_weights(ours, theirs):
         assert_close(ours[name], weight)
 
 
+VARIANTS = {
+    "accumulated": ["--accumulate", "2"], "lora": ["--tune", "lora"], "mixed": ["--reweight", "--shares", "0.7,0.3"],
+    "responses": ["--responses"],
+}
+
+
+def variant_of(work, variant, out):
+    """The words of such a conversion."""
+    rows = [{"prompt": "ijkl" * (at % 30), "response": "mnop" * (30 - at % 30)} for at in range(60)]
+    (told := work / "told.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = command(work, out, *VARIANTS[variant])
+    if variant == "mixed":
+        words += ["--data", str(told)]
+    if variant == "responses":
+        words[words.index("--data") + 1] = str(told)
+    return words
+
+
+@pytest.fixture(scope="module")
+def two(work):
+    """Each variant in two processes: where each lies."""
+    pytest.importorskip("peft")
+    outs = {variant: work / f"two-{variant}" for variant in VARIANTS}
+    (asked := work / "two.json").write_text(json.dumps([variant_of(work, *each) for each in outs.items()]))
+    finish([sys.executable, "tests/several_conversions.py", str(asked)])
+    return outs
+
+
 def test_two_processes_are_one(work, whole):
     """Under DDP (gloo): each row draws the same p, and losses, loads and weights are those of one process."""
     out = work / "two"
-    finish([*processes(2), *command(work, out)])
+    finish([*processes(2), "-m", "modification", *command(work, out)])
     assert json.loads((out / "report.json").read_text())["distributed"] == "MULTI_CPU"
     assert len(log_of(out)) == len(log_of(whole)) == 4
     for ours, theirs in zip(log_of(out), log_of(whole), strict=True):
@@ -91,33 +125,16 @@ def test_two_processes_are_one(work, whole):
     assert_same_weights(out, whole)
 
 
-VARIANTS = {
-    "accumulated": ["--accumulate", "2"], "lora": ["--tune", "lora"], "mixed": ["--reweight", "--shares", "0.7,0.3"],
-    "responses": ["--responses"],
-}
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_processes_are_one_however_it_is_trained(variant, work):
+def test_two_processes_are_one_however_it_is_trained(variant, work, two):
     """Gradients of several passes, a low-rank change; rows that are weighted as it goes, or have little to learn."""
-    more, told = VARIANTS[variant], work / f"{variant}.jsonl"
-    if variant == "lora":
-        pytest.importorskip("peft")
-    rows = [{"prompt": "ijkl" * (at % 30), "response": "mnop" * (30 - at % 30)} for at in range(60)]
-    told.write_text("\n".join(map(json.dumps, rows)))
-    one, two = work / f"one-{variant}", work / f"two-{variant}"
-    for out, launched in ((one, [sys.executable]), (two, processes(2))):
-        words = [*launched, *command(work, out, *more)]
-        if variant == "mixed":
-            words += ["--data", str(told)]
-        if variant == "responses":
-            words[words.index("--data") + 1] = str(told)
-        finish(words)
-    assert json.loads((two / "report.json").read_text())["distributed"] == "MULTI_CPU"
-    for ours, theirs in zip(log_of(two), log_of(one), strict=True):
+    one, out = work / f"one-{variant}", two[variant]
+    convert(*variant_of(work, variant, one))
+    assert json.loads((out / "report.json").read_text())["distributed"] == "MULTI_CPU"
+    for ours, theirs in zip(log_of(out), log_of(one), strict=True):
         for name in ("loss", "load", "layer_loads", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
-    assert_same_weights(two, one)
+    assert_same_weights(out, one)
 
 
 def test_sharded_processes_are_one(tmp_path, gradients):
@@ -137,7 +154,7 @@ def test_a_run_killed_at_any_step_and_resumed_is_one_that_was_not(seed, work, wh
     """SIGKILL at a random step; resumed, it has lost at most one interval of checkpoints and ends the same."""
     out = work / f"killed{seed}"
     at = random.Random(seed).uniform(0.2, 0.9)
-    process = subprocess.Popen([sys.executable, *command(work, out)], env=ALONE, cwd=REPO,
+    process = subprocess.Popen([sys.executable, "-m", "modification", *command(work, out)], env=ALONE, cwd=REPO,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = out / "checkpoints"
     wanted = 1 + int(at * 6)
@@ -153,7 +170,7 @@ def test_a_run_killed_at_any_step_and_resumed_is_one_that_was_not(seed, work, wh
     assert reached >= 5
     logged = log_of(out)[-1]["step"] if (out / "log.jsonl").is_file() else 0
     assert logged - reached <= 5
-    finish([sys.executable, *command(work, out, "--resume")])
+    convert(*command(work, out, "--resume"))
     assert_same_weights(out, whole)
     assert [entry["step"] for entry in log_of(out)] == [entry["step"] for entry in log_of(whole)]
 
@@ -177,11 +194,11 @@ def test_a_run_that_dies_while_it_writes_leaves_no_half_model(what, work, whole,
     with monkeypatch.context() as dying:
         dying.setattr(kind, "save_pretrained", half)
         with pytest.raises(Died):
-            main(command(work, out)[4:])
+            main(command(work, out))
     assert not (out / "model.safetensors").exists()
     assert not (out / "report.json").exists()
     assert _steps(out / "checkpoints") > 0
-    assert main(command(work, out, "--resume")[4:]) == 0
+    assert main(command(work, out, "--resume")) == 0
     assert not (out / "partial").exists()
     assert_same_weights(out, whole)
 
@@ -202,7 +219,7 @@ def test_a_folder_without_room_is_told_before_training(broken, work, tmp_path, m
     else:
         monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(training, "convert", None)  # not reached
-    assert main(command(work, out)[4:]) == 2
+    assert main(command(work, out)) == 2
     said = capsys.readouterr().err
     assert ("can't be written" in said) if broken == "file" else ("GB free and checkpoints may take" in said)
 
@@ -218,11 +235,11 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(work, whole, tmp_
         real(self, folder)
 
     monkeypatch.setattr(training.ConversionTrainer, "_save_optimizer_and_scheduler", full)
-    assert main(command(work, tmp_path / "out")[4:]) == 2
+    assert main(command(work, tmp_path / "out")) == 2
     assert "No space left" in capsys.readouterr().err
     assert checks.last_checkpoint(tmp_path / "out" / "checkpoints").endswith("checkpoint-10")
     monkeypatch.undo()
-    assert main(command(work, tmp_path / "out", "--resume")[4:]) == 0
+    assert main(command(work, tmp_path / "out", "--resume")) == 0
     assert_same_weights(tmp_path / "out", whole)
 
 
@@ -237,7 +254,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(work, whole, tmp_
     ],
 )
 def test_what_this_machine_cannot_do_is_a_sentence(flags, sentence, work, tmp_path, capsys, gradients):
-    assert main(command(work, tmp_path / "out", *flags)[4:]) == 2
+    assert main(command(work, tmp_path / "out", *flags)) == 2
     assert sentence in capsys.readouterr().err
 
 

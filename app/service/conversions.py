@@ -27,7 +27,7 @@ from modification import MoDModel
 from modification.conversion.calibrate import CALIBRATION_TOKENS
 from modification.conversion.checks import last_checkpoint
 from modification.conversion.recipes import RECIPES, Tune
-from modification.conversion.trainer import drop_redone, read_log
+from modification.conversion.runlog import LOG, drop_redone, read_log
 from modification.loading import load_dense_or_mod, resolve
 from modification.measure.memory import available_bytes, weight_bytes
 
@@ -214,8 +214,8 @@ class Conversions:
             last = last_checkpoint(out / "checkpoints")
             # What an earlier run logged beyond its last checkpoint is done again.
             if plan.resume:
-                drop_redone(out / "log.jsonl", int(last.rpartition("-")[2]) if last else 0)
-            fresh = len(read_log(out / "log.jsonl"))
+                drop_redone(out / LOG, int(last.rpartition("-")[2]) if last else 0)
+            fresh = len(read_log(out / LOG))
             process = self._process = self._start(plan, out, output)
             if self._over.is_set():  # since it was looked at: whoever set it may have seen no process yet
                 process.terminate()
@@ -258,7 +258,7 @@ class Conversions:
 
 
 def _progress(plan: Plan, out: Path, began: float, fresh: int) -> Progress:
-    log, seconds = read_log(out / "log.jsonl"), time.monotonic() - began
+    log, seconds = read_log(out / LOG), time.monotonic() - began
     left = None
     if len(log) > fresh:
         done = log[-1]["step"] - (log[fresh - 1]["step"] if fresh else 0)

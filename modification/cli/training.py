@@ -20,7 +20,6 @@ from modification.conversion.checks import CHECKPOINTS, REPORT, Options
 from modification.conversion.data import Text, pack, read_documents, token_ids
 from modification.conversion.recipes import RECIPES, Recipe, named
 from modification.conversion.sources import Reading, read_text
-from modification.conversion.train import train
 from modification.loading import load_dense_or_mod
 from modification.measure.evalharness import evaluate_tasks
 from modification.measure.quality import reference_of, sweep
@@ -115,6 +114,8 @@ _TERMS = {
 
 
 def _convert(arguments: argparse.Namespace) -> None:
+    from modification.conversion.train import train  # brings transformers' Trainer along: seconds for every command
+
     recipe = _recipe(arguments)
     if arguments.load_in_4bit and recipe.tune == "lora":
         arguments.keep_adapter = True  # 4-bit weights can't take a change in

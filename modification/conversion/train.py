@@ -30,6 +30,7 @@ from modification.conversion.checks import (
 )
 from modification.conversion.data import Text
 from modification.conversion.recipes import Recipe
+from modification.conversion.runlog import LOG, read_log
 from modification.conversion.trainer import (
     ConversionTrainer,
     Mixing,
@@ -37,15 +38,12 @@ from modification.conversion.trainer import (
     SaveAndStop,
     Steering,
     asked_to_end,
-    read_log,
 )
 from modification.conversion.tune import prepare
 from modification.measure import report as reporting
 from modification.measure.plots import plot_run
 from modification.measure.quality import reference_of
 from modification.model import MoDModel, convert
-
-LOG = "log.jsonl"
 
 
 def train(

@@ -22,6 +22,7 @@ from transformers.trainer_callback import ExportableState
 from modification.architectures import FAMILIES
 from modification.conversion import objectives
 from modification.conversion.recipes import Recipe
+from modification.conversion.runlog import drop_redone
 from modification.conversion.tune import optimizer
 from modification.layer import stock_block
 
@@ -322,18 +323,3 @@ def cosine(recipe: Recipe) -> Callable[[int], float]:
         return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return rate
-
-
-def read_log(log: Path) -> list[dict[str, Any]]:
-    """The records of a run's log; a last line that is under way, or was cut by a kill, is left out."""
-    if not log.is_file():
-        return []
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def drop_redone(log: Path, step: int) -> None:
-    """Forget log lines of steps after ``step``, which a resumed run does again."""
-    if log.is_file():
-        kept = [json.dumps(record) + "\n" for record in read_log(log) if record["step"] <= step]
-        log.write_text("".join(kept), encoding="utf-8")
