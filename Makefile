@@ -9,8 +9,8 @@ app: $(VENV)/app.stamp
 	$(BIN)/python app.py
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not browser"
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not browser"
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist worksteal -m browser
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from browsing import (
     visitor,
     wait_until,
 )
+from talkers import talker
 
 pytestmark = IN_A_BROWSER
 
@@ -229,10 +230,12 @@ def test_a_model_that_cannot_be_loaded_is_a_sentence(page, source, sentence):
 
 
 def test_a_conversion_is_estimated_watched_and_opened(page, tmp_path):
-    """The shipped dense model on a little text: progress with loss and load, then the model opens in Explore."""
-    text = tmp_path / "text.txt"
+    """A small dense model on a little text: progress with loss and load, then the MoD model opens in Explore."""
+    parent, text = talker(tmp_path / "small", chat=True, context=512, dense=True), tmp_path / "text.txt"
     text.write_text("<|endoftext|>".join(f"{TEXT} {at}" for at in range(60)))
     tab(page, "Convert")
+    page.locator("#convert-parent input").fill(str(parent))
+    page.locator("#convert-parent input").press("Enter")
     page.locator("#convert-name input, #convert-name textarea").fill("tried-MoD")
     page.locator("#convert-data input, #convert-data textarea").fill(str(text))
     page.locator("#convert-tokens input").fill("2560")
@@ -242,7 +245,7 @@ def test_a_conversion_is_estimated_watched_and_opened(page, tmp_path):
     page.click("#convert-go")
     wait_until(lambda: re.search(r"Step \d+ of 10: loss [\d.]+ nats/token, load \d+%", line(page, "convert-status"))
                or "Converted" in line(page, "convert-status"), 300)
-    wait_until(lambda: "Converted" in line(page, "convert-status"), 900)
+    wait_until(lambda: "Converted" in line(page, "convert-status"), 300)
     page.click("#convert-open")
     wait_until(lambda: page.locator("#generate").is_visible())
     wait_until(lambda: page.locator("#model input").input_value() == "tried-MoD")

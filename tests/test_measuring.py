@@ -205,7 +205,7 @@ def test_a_conversion_reports_and_ends_in_a_listed_model(service, text):
 
 
 def test_a_cancelled_conversion_keeps_its_checkpoint_and_goes_on(service, text):
-    long = plan(text, tokens=200 * 8 * 16)
+    long = plan(text, tokens=100 * 8 * 16)
     run = service.convert(long)
     while not next(run).log:  # before the first checkpoint is due: it is written because the run is cancelled
         pass
@@ -219,11 +219,11 @@ def test_a_cancelled_conversion_keeps_its_checkpoint_and_goes_on(service, text):
     again = list(service.convert(long))[-1]
     assert again.failed
     assert "unfinished conversion" in again.ended
-    resumed = list(service.convert(plan(text, tokens=200 * 8 * 16, resume=True)))
+    resumed = list(service.convert(plan(text, tokens=100 * 8 * 16, resume=True)))
     steps = [record["step"] for record in resumed[-1].log]
     assert not resumed[-1].failed, resumed[-1].ended
     assert steps == sorted(set(steps)), "no step is told twice"
-    assert steps[-1] == 200
+    assert steps[-1] == 100
 
 
 def test_an_app_that_ends_has_its_conversion_leave_a_checkpoint(service, text):
@@ -274,7 +274,7 @@ def test_one_conversion_at_a_time(service, text):
 
 def test_time_and_memory_are_estimated_beforehand(service, text):
     seconds, taken, free = service.estimate_conversion(plan(text))
-    more, same, _ = service.estimate_conversion(plan(text, tokens=200 * 8 * 16))
+    more, same, _ = service.estimate_conversion(plan(text, tokens=100 * 8 * 16))
     assert 0 < seconds < more
     assert 0 < taken == same
     assert free > 0
