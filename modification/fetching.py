@@ -33,6 +33,7 @@ from huggingface_hub import (
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from tqdm import tqdm
 
+PART = ".part"  # ends the name of what has come of a file so far
 _BEAT = 0.5  # seconds between two reports of a file under way
 _TRIES = 3
 _PIECE = 1 << 20  # bytes that are written at a time
@@ -63,7 +64,7 @@ def _weights(repository: str, name: str, revision: str | None, here: list[int]) 
     if not found.size or not _NAME.fullmatch(found.etag or ""):
         return  # left to the library
     whole = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "blobs" / str(found.etag)
-    part = whole.with_name(f"{whole.name}.part")
+    part = whole.with_name(f"{whole.name}{PART}")
     whole.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{part}.lock"):
         failure: Exception | None = None

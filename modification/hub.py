@@ -20,6 +20,7 @@ from typing import Any
 from huggingface_hub import constants, snapshot_download
 
 from modification.errors import LoadError
+from modification.fetching import PART
 
 READ = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "README.md")
 
@@ -57,6 +58,16 @@ def fetch(repository: str, revision: str | None = None, progress: Progress | Non
     if not any(name.endswith(".safetensors") for name in wanted):
         raise HubError(f"{repository} holds no .safetensors weights; other formats are not read")
     return _download(repository, revision, commit, wanted, progress or (lambda done, total: None))
+
+
+def broken_off() -> dict[str, int]:
+    """Models whose download was broken off, with the bytes that the next one goes on from."""
+    found = dict[str, int]()
+    for path in Path(constants.HF_HUB_CACHE).glob(f"models--*/blobs/*{PART}"):
+        with contextlib.suppress(OSError):  # just finished
+            name = path.parents[1].name.removeprefix("models--").replace("--", "/")
+            found[name] = found.get(name, 0) + path.stat().st_size
+    return found
 
 
 def _is_read(name: str) -> bool:

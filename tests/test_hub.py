@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -157,14 +158,19 @@ def test_a_process_killed_in_mid_download_leaves_what_the_next_goes_on_from(star
         pass
     killed.kill()
     killed.communicate()
-    away, here = child('''
+    said, away, here, over = child('''
+        from app.service import Limits, Service
+        from app.tabs.model import opening
+        print(opening(Service({}, limits=Limits())))
         mode("error")
         refused()
         mode("well")
         refused()
+        print(hub.broken_off())
     ''')
+    assert re.search(r"Downloads broken off: who/model \([\d.]+ MB are here\)", said)
     assert away.startswith("REFUSED")
-    assert here == "LOADED"
+    assert (here, over) == ("LOADED", "{}")
     ranges = [asked for method, path, asked in hub.seen if method == "GET"]
     starts = [int(asked[6:].partition("-")[0]) for asked in ranges if asked.startswith("bytes=")]
     assert max(starts) >= 5_000_000, "the rest was asked for, and not the whole again"

@@ -25,7 +25,7 @@ from app.service.jobs import beside
 from app.service.paths import real
 from modification import MoDModel
 from modification.conversion.calibrate import CALIBRATION_TOKENS
-from modification.conversion.checks import last_checkpoint
+from modification.conversion.checks import CHECKPOINTS, REPORT, RUN, last_checkpoint
 from modification.conversion.recipes import RECIPES, Tune
 from modification.conversion.runlog import LOG, drop_redone, read_log
 from modification.loading import load_dense_or_mod, resolve
@@ -107,16 +107,17 @@ class Conversions:
 
     def finished(self) -> dict[str, Path]:
         """Converted models in the folder, by name."""
-        return {path.parent.name: path.parent for path in sorted(self.folder.glob("*/report.json"))}
+        return {path.parent.name: path.parent for path in sorted(self.folder.glob(f"*/{REPORT}"))}
 
     def unfinished(self) -> dict[str, int]:
-        """Conversions that were broken off, by name, with the steps of their last checkpoint."""
-        found, finished = dict[str, int](), self.finished()
-        for path in sorted(self.folder.glob("*/checkpoints/checkpoint-*/trainer_state.json")):  # written last
+        """Conversions that were broken off, by name, with the steps of their last checkpoint; 0 without one."""
+        finished = self.finished()
+        found = {path.parent.name: 0 for path in sorted(self.folder.glob(f"*/{RUN}"))}
+        for path in self.folder.glob(f"*/{CHECKPOINTS}/checkpoint-*/trainer_state.json"):  # written last
             name, step = path.parents[2].name, path.parent.name.rpartition("-")[2]
-            if name not in finished and step.isdigit():
+            if step.isdigit():
                 found[name] = max(found.get(name, 0), int(step))
-        return found
+        return {name: step for name, step in found.items() if name not in finished}
 
     def end(self) -> None:
         """Begin none any more, and have the one under way, if there is one, write a checkpoint and end."""
@@ -190,7 +191,7 @@ class Conversions:
                 f"{plan.tokens:,} tokens are {plan.steps} steps of {plan.block * plan.batch:,}: give at least "
                 f"{10 * plan.block * plan.batch:,}."
             )
-        if (self.folder / plan.name / "report.json").is_file():
+        if (self.folder / plan.name / REPORT).is_file():
             raise UserError(f"{plan.name} is a finished model already: choose another name.")
         if not real(plan.data).is_file():
             raise UserError(f"There is no text file at {plan.data}. Upload one, or give its path.")
@@ -211,7 +212,7 @@ class Conversions:
             raise UserError("The app is shutting down: no conversion is begun.")
         output, began = real(self.folder) / f"{plan.name}.out", time.monotonic()
         try:
-            last = last_checkpoint(out / "checkpoints")
+            last = last_checkpoint(out / CHECKPOINTS)
             # What an earlier run logged beyond its last checkpoint is done again.
             if plan.resume:
                 drop_redone(out / LOG, int(last.rpartition("-")[2]) if last else 0)

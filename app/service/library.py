@@ -22,6 +22,7 @@ from app.service.zero import Zero
 from modification import MoDModel
 from modification.config import MoDConfig
 from modification.executor import executor_of
+from modification.hub import broken_off
 from modification.loading import HUB_ID, as_mod, check_folder, load_dense_or_mod, on_disk, resolve
 from modification.measure.cost import ModelShape
 from modification.measure.memory import available_bytes, weight_bytes
@@ -108,6 +109,10 @@ class Library:
                 job.readers -= 1
         if job.error is not None:
             raise UserError(job.error)
+
+    def broken_off(self) -> dict[str, int]:
+        """Unfinished downloads by model, with the bytes that are here; none where only the list is open."""
+        return broken_off() if self.limits.free_models else {}
 
     def check(self, name: str) -> str:
         """The name as it is looked up; UserError if nothing can be loaded by it."""

@@ -50,7 +50,7 @@ class Convert:
             with gr.Column(scale=3, min_width=320):
                 self._controls(service)
             with gr.Column(scale=7, min_width=360):
-                self.status = gr.HTML(status(_opening(service)), elem_id="convert-status", apply_default_css=False)
+                self.status = gr.HTML(status(opening(service)), elem_id="convert-status", apply_default_css=False)
                 self.estimate = gr.Markdown("", elem_id="convert-estimate")
                 self.plot = gr.Plot(show_label=False, elem_id="convert-plot", visible=False)
                 self.open = gr.Button("Open in Explore", visible=False, elem_id="convert-open")
@@ -108,11 +108,13 @@ class Convert:
         self.file.upload(lambda path: path, self.file, self.data, **private)
 
 
-def _opening(service: Service) -> str:
+def opening(service: Service) -> str:
     """What to do here; and what an app that ended in mid-conversion has left."""
-    left = [f"{name} ({step:,} steps)" for name, step in service.conversions.unfinished().items()]
-    more = f" Broken off, and kept: {', '.join(left)}. Give the name again and tick the box to go on." if left else ""
-    return OPENING + more
+    left = service.conversions.unfinished()
+    kept = [f"{name} ({step:,} steps)" for name, step in left.items() if step]
+    lost = [name for name, step in left.items() if not step]
+    more = f" Broken off, and kept: {', '.join(kept)}. Give the name again and tick the box to go on." if kept else ""
+    return OPENING + more + (f" Broken off before anything was kept: {', '.join(lost)}." if lost else "")
 
 
 def _plan(

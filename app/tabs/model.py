@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from app.figures import report_figure
-from app.present import memory_sentence
+from app.present import memory_sentence, size
 from app.service import Service
 from app.tabs.shared import guarded, shown, status, table, waiting
 
@@ -43,7 +43,7 @@ class Model:
                     self.load = gr.Button("Load", variant="primary", elem_id="model-load")
                     self.stop = gr.Button("Stop", variant="stop", elem_id="model-stop")
             with gr.Column(scale=7, min_width=360):
-                self.status = gr.HTML(status(OPENING), elem_id="model-status", apply_default_css=False)
+                self.status = gr.HTML(status(opening(service)), elem_id="model-status", apply_default_css=False)
                 self.plot = gr.Plot(show_label=False, elem_id="model-report", visible=False)
                 self.layers = gr.HTML("", elem_id="model-layers", apply_default_css=False)
                 with gr.Accordion("Model card", open=False):
@@ -62,6 +62,13 @@ class Model:
             lambda: status("Stopped waiting; the load goes on in the background and will be there when you ask again."),
             None, self.status, cancels=[run], queue=False, **private,
         )
+
+
+def opening(service: Service) -> str:
+    """What holds here; and the downloads that were broken off, by an app that ended, say."""
+    left = [f"{name} ({size(here)} are here)" for name, here in service.library.broken_off().items()]
+    more = f" Downloads broken off: {', '.join(left)}. Load the model again, and its download goes on." if left else ""
+    return OPENING + more
 
 
 def _label(service: Service, source: str | None, dtype: str, quantization: str, device: str) -> str:
