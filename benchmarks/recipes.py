@@ -4,9 +4,9 @@
 
 Rivals: the dense parent tuned alike; whole layers dropped for good and the rest tuned alike (each alone and all where
 there are three or fewer, else those that cost the parent least, one after the other); tokens skipped by chance, tuned
-and untrained; and every recipe of the table, any-p with all three ways of tuning and with gates taught by the plain
-straight-through slope. Each is written to OUT/NAME.json; the table and plots are made of what lies there. One JSON line
-ends it.
+and untrained; and every recipe of the table, any-p with all three ways of tuning, with gates taught by the plain
+straight-through slope, and with paired rows (twice the work for a token). Each is written to OUT/NAME.json; the table
+and plots are made of what lies there. One JSON line ends it.
 """
 
 from __future__ import annotations
@@ -202,6 +202,9 @@ def entries(bench: Bench) -> dict[str, Callable[[], list[dict[str, float]]]]:
         "fixed-p": lambda: recipe_curve(bench, "fixed-p"),
         "any-p-slope": lambda: curve(
             bench.converted("any-p-slope", bench.recipe("any-p", between=0.0)), bench.text
+        ),
+        "any-p-paired": lambda: curve(
+            bench.converted("any-p-paired", bench.recipe("any-p", paired=True)), bench.text
         ),
         "any-p-router": lambda: recipe_curve(bench, "any-p", tune="router"),
         "any-p-lora": lambda: recipe_curve(bench, "any-p", tune="lora"),
