@@ -238,7 +238,7 @@ def check_loaded(source: str, model: Any, tokenizer: Any) -> None:
     Raises:
         Damaged: with a sentence for the user.
     """
-    for name, weight in model.named_parameters():
+    for name, weight in _weights(model):
         if not weight.is_floating_point() or weight.is_meta or bool(torch.isfinite(weight).all()):
             continue
         if not is_router(name):
@@ -251,3 +251,12 @@ def check_loaded(source: str, model: Any, tokenizer: Any) -> None:
         raise Damaged(
             f"{source}: the tokenizer has {given:,} tokens and the model {known:,}: it is another model's"
         )
+
+
+def _weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters by name, once each; what accelerate has left on the disk is read from there, one at a time."""
+    places = dict(model.named_modules())
+    for name, weight in model.named_parameters():
+        place, _, own = name.rpartition(".")
+        kept = getattr(getattr(places[place], "_hf_hook", None), "weights_map", None)
+        yield name, kept[own] if weight.is_meta and kept is not None else weight

@@ -18,11 +18,13 @@ from builders import mod_model, tiny_tokenizer, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from app.errors import UserError
 from app.service import Limits, Request, Service, sentence_of
 from modification import generate, load
 from modification.errors import LoadError
+from modification.integrity import check_loaded
 from modification.measure.estimate import config_of, estimate
 
 SECONDS = 20  # for one folder
@@ -107,6 +109,21 @@ def test_each_damage_of_the_weights_has_its_sentence(folder, change, sentence):
     tamper(folder, change)
     with pytest.raises(LoadError, match=sentence):
         load(folder)
+
+
+def test_weights_that_stay_on_the_disk_are_looked_at_too(folder, tmp_path):
+    """Where memory is short, accelerate leaves layers there; a whole model passes."""
+    places = {f"model.layers.{at}": "disk" if at == 2 else "cpu" for at in range(5)}
+    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+
+    def spread():
+        return AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "disk")
+
+    assert any(weight.is_meta for weight in spread().parameters())
+    check_loaded("whole", spread(), tiny_tokenizer())
+    tamper(folder, fill(LAYER, float("nan")))
+    with pytest.raises(LoadError, match=r"up_proj.weight holds numbers that are none"):
+        check_loaded("damaged", spread(), tiny_tokenizer())
 
 
 def test_a_router_that_is_no_number_runs_its_layer_and_is_noted_once(folder, caplog):
