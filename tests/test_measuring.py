@@ -11,7 +11,6 @@ from talkers import columns, talker
 from app.errors import UserError
 from app.service import Limits, Request, Service, conversions, measuring
 from app.service.conversions import Plan
-from app.tabs import convert as convert_tab
 from modification.loading import load_dense_or_mod
 
 TEXT = "Once there was a fox who lived by the river and counted the boats. " * 6
@@ -241,18 +240,6 @@ def test_an_app_that_ends_has_its_conversion_leave_a_checkpoint(service, text):
     assert service.conversions.unfinished()["made"] > 0
     with pytest.raises(UserError, match="shutting down"):
         next(service.convert(plan(text, name="other")))
-
-
-def test_what_a_killed_conversion_left_is_told(service):
-    """With a checkpoint or without one, as ``calibrate`` has none."""
-    for name, left in (("early", "run.json"), ("late", "checkpoints/checkpoint-20/trainer_state.json")):
-        path = service.conversions.folder / name / left
-        path.parent.mkdir(parents=True)
-        path.write_text("{}")
-    assert service.conversions.unfinished() == {"early": 0, "late": 20}
-    said = convert_tab.opening(service)
-    assert "Broken off, and kept: late (20 steps)." in said
-    assert "before anything was kept: early." in said
 
 
 def test_more_rows_than_memory_holds_are_refused_before_they_are_run(service, text, monkeypatch):

@@ -250,7 +250,7 @@ def test_an_answered_handler_keeps_its_signature_and_says_what_was_wrong():
 
 
 def test_what_was_broken_off_is_named_when_the_app_starts_again(tmp_path):
-    """A conversion that the last app was killed in."""
+    """A conversion that the last app was killed in, with a checkpoint or without one, as ``calibrate`` has none."""
     from app.service import Service
 
     for name, step, done in (("half", 40, False), ("half", 120, False), ("whole", 60, True)):
@@ -260,8 +260,13 @@ def test_what_was_broken_off_is_named_when_the_app_starts_again(tmp_path):
         if done:
             (tmp_path / name / "report.json").write_text("{}")
     (tmp_path / "half" / "checkpoints" / "checkpoint-160").mkdir()  # not whole
-    said = convert._opening(Service({}, converted=tmp_path))
-    assert "half (120 steps)" in said
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "run.json").write_text("{}")
+    service = Service({}, converted=tmp_path)
+    assert service.conversions.unfinished() == {"early": 0, "half": 120}
+    said = convert.opening(service)
+    assert "Broken off, and kept: half (120 steps)." in said
+    assert "before anything was kept: early." in said
     assert "whole" not in said
 
 
