@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
+from app.headless import free_port
 from modification.cli import main
 
 importlib.import_module("modification.conversion.train")  # which `main` would import after the forks
@@ -35,9 +35,7 @@ def one_of(rank: int, port: int, words: list[str]) -> int:
 
 if __name__ == "__main__":
     for words in json.loads(Path(sys.argv[1]).read_text()):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         children = [one_of(rank, port, words) for rank in (0, 1)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         assert codes == [0, 0], words
