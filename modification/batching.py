@@ -79,8 +79,10 @@ class Stream:
 
     def accept(self, done: Pass, row: int, p: Threshold, start: float) -> Step:
         """Take this row's share of a decode step."""
-        self.last, one, self.whole = (done, row), slice(row, row + 1), True
-        return self._step(np.array([self.choice.token]), done.scores[:, one], done.routed[:, one], p, start)
+        self.last, self.whole, scores, routed = (done, row), True, done.scores, done.routed
+        if scores.shape[1] > 1:
+            scores, routed = scores[:, row : row + 1], routed[:, row : row + 1]
+        return self._step(np.array((self.choice.token,)), scores, routed, p, start)
 
     def _step(
         self, tokens: Any, scores: Any, routed: Any, p: Threshold, start: float, prefill: bool = False
@@ -88,7 +90,7 @@ class Stream:
         size, choice = self.cache.nbytes(), self.choice
         mean, layer_p = (sum(p) / len(p), p) if isinstance(p, tuple) else (p, ())
         return Step(
-            tokens, np.full(len(tokens), choice.logprob, np.float32), scores, routed, mean, size.stored,
+            tokens, np.array((choice.logprob,) * len(tokens), np.float32), scores, routed, mean, size.stored,
             size.allocated, size.dense, time.perf_counter() - start, prefill, layer_p, choice.likely,
             choice.likely_logprobs,
         )

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ from modification.storage import Buffer, Row
 NOWHERE = 2**31 - 1  # the column of a padding entry: later than every query
 
 
-@dataclass(frozen=True, slots=True)
-class KVBytes:
+class KVBytes(NamedTuple):
     """Sizes of a cache, in bytes.
 
     Attributes:
@@ -286,13 +284,10 @@ class Slots:
             row = self._rows[0]
             row.add(keys[0], values[0], self._columns[0])
             return row.keys[None], row.values[None]
+        all_keys, all_values = keys, values
         if self.past:
-            all_keys = torch.cat([_stack([r.keys if r.length else None for r in self._rows], self.past, keys), keys], 2)
-            all_values = torch.cat(
-                [_stack([r.values if r.length else None for r in self._rows], self.past, values), values], 2
-            )
-        else:
-            all_keys, all_values = keys, values
+            all_keys = _stack([row.keys if row.length else None for row in self._rows], self.past, keys)
+            all_values = _stack([row.values if row.length else None for row in self._rows], self.past, values)
         for at, row in enumerate(self._rows):
             where = slice(None) if self._stored is None else self._stored[at]
             row.add(keys[at][:, where], values[at][:, where], self._columns[at][where])
@@ -368,9 +363,14 @@ class RaggedCache(Cache):
         Args:
             sizes: bytes stored and allocated now, from callers that know: ``nbytes`` need not count them.
         """
-        for layer in self.layers:
-            layer.advance(tokens)
-        self._sizes = None if self._bounded else sizes  # windows may just have dropped something
+        if self._bounded:
+            for layer in self.layers:
+                layer.advance(tokens)
+            sizes = None  # windows may just have dropped something
+        else:
+            for layer in self.layers:
+                layer.seen += tokens
+        self._sizes = sizes
 
     def lengths(self) -> dict[int, list[int]]:
         """Entries stored per MoD layer and row."""
@@ -394,12 +394,16 @@ def margin(window: int) -> int:
     return 16 + window // 16
 
 
-def _stack(parts: list[Tensor | None], length: int, like: Tensor) -> Tensor:
-    """Rows' entries [H, n, D] padded with zeros to [R, H, length, D]."""
-    out = like.new_zeros((len(parts), like.shape[1], length, like.shape[3]))
+def _stack(parts: list[Tensor | None], past: int, new: Tensor) -> Tensor:
+    """Rows' entries [H, n, D], filled up with zeros to ``past``, then new ones [R, H, N, D]: [R, H, past + N, D]."""
+    rows, heads, count, width = new.shape
+    out = new.new_empty((rows, heads, past + count, width))
+    out[:, :, past:] = new
     for at, part in enumerate(parts):
+        held = 0 if part is None else part.shape[1]
         if part is not None:
-            out[at, :, : part.shape[1]] = part
+            out[at, :, :held] = part
+        out[at, :, held:past] = 0
     return out
 
 

@@ -7,29 +7,59 @@ which is how sliding windows stay bounded.
 
 from __future__ import annotations
 
-import math
-import mmap
+import ctypes
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from modification.room import Room
+
 SPARE = 16  # a full buffer grows by one part in this many
 _COLUMN_BYTES = 4
-MAPPED = 1 << 12  # bytes from which a CPU buffer is mapped
+KINDS = {torch.float32: 1, torch.bfloat16: 2}  # as kernels.cpp counts them; 0: nothing is stored yet
+_OTHER = 3
 
 
-class Buffer:
-    """Keys and values [..., H, n, D] of one row or batch; ``start`` to ``end`` of the room is in use."""
+class Buffer(ctypes.Structure):
+    """Keys and values [..., H, n, D] of one row or batch; ``start`` to ``end`` of the room is in use.
+
+    Its fields are ``Place`` in kernels.cpp, which writes entries there and moves ``end`` on: a step need not tell
+    where each layer's are.
+
+    Attributes:
+        keys_at, values_at, columns_at: where the rooms lie (0: there are no columns); valid until the next growth.
+        capacity: entries that there is room for.
+        kind: the entries' type.
+    """
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("keys_at", "values_at", "columns_at")),
+        *((name, ctypes.c_int64) for name in ("capacity", "start", "end", "kind")),
+    )
+    keys_at: int
+    values_at: int
+    columns_at: int
+    capacity: int
+    start: int
+    end: int
+    kind: int
 
     def __init__(self) -> None:
-        self.start = self.end = self.capacity = self.leading = 0
+        super().__init__()
+        self.leading = 0
         self.entry_bytes = 0  # of the keys and values at one place, over all leading dimensions
         self.place_bytes = 0  # that a place takes, in use or not
         self.dtype: torch.dtype | None = None
-        self._addresses: tuple[int, int, int | None] = (0, 0, None)
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._keys: Room | None = None
+        self._values: Room | None = None
+
+    def __setstate__(self, attributes: dict[str, Any], fields: bytes) -> None:
+        """Of a copy or a pickle: its rooms lie elsewhere."""
+        super().__setstate__(attributes, fields)  # type: ignore[misc]
+        if self._keys is not None:
+            self._measure()
 
     @property
     def length(self) -> int:
@@ -40,26 +70,20 @@ class Buffer:
     def keys(self) -> Tensor:
         """Stored keys [..., H, length, D], a view."""
         assert self._keys is not None
-        return self._keys[..., self.start : self.end, :]
+        return self._keys.tensor[..., self.start : self.end, :]
 
     @property
     def values(self) -> Tensor:
         """Stored values [..., H, length, D], a view."""
         assert self._values is not None
-        return self._values[..., self.start : self.end, :]
-
-    @property
-    def addresses(self) -> tuple[int, int, int | None]:
-        """Where the buffers of keys, values and columns (None: no columns) lie; valid until the next growth."""
-        return self._addresses
+        return self._values.tensor[..., self.start : self.end, :]
 
     def reserve(self, count: int, like: Tensor) -> None:
         """Make room for ``count`` more entries; the first ones are shaped like keys [..., H, any, D]."""
         if self._keys is not None and self.end + count <= self.capacity:
             return
-        length = self.length
-        needed = length + count
-        self._resize(needed + needed // SPARE, like if self._keys is None else self._keys)
+        needed = self.length + count
+        self._resize(needed + needed // SPARE, like)
 
     def make_place(self, like: Tensor) -> None:
         """Room for one more entry, shaped like keys [H, any, D], for kernels that write by address.
@@ -78,22 +102,20 @@ class Buffer:
         self.reserve(count, keys)
         assert self._keys is not None
         assert self._values is not None
-        self._keys[..., self.end : self.end + count, :] = keys
-        self._values[..., self.end : self.end + count, :] = values
+        self._keys.tensor[..., self.end : self.end + count, :] = keys
+        self._values.tensor[..., self.end : self.end + count, :] = values
         self.end += count
 
     def drop(self, count: int) -> None:
         """Forget the first ``count`` entries; their room is freed once it is more than the spare share."""
         self.start += count
         if self._keys is not None and self.start * SPARE > self.capacity:
-            self._resize(self.length + self.length // SPARE, self._keys)
+            self._resize(self.length + self.length // SPARE)
 
     def keep(self, where: Tensor | slice) -> None:
         """Keep the entries at ``where`` along n, and no more room than they need."""
-        if self._keys is not None and self._values is not None:
-            self._keys, self._values = self.keys[..., where, :].clone(), self.values[..., where, :].clone()
-            self.start, self.end = 0, self._keys.shape[-2]
-            self._measure()
+        if self._keys is not None:
+            self._set(self.keys[..., where, :], self.values[..., where, :])
 
     def copy(self) -> Buffer:
         """An independent copy."""
@@ -104,56 +126,52 @@ class Buffer:
 
     def take_rows(self, rows: Tensor) -> None:
         """Replace the leading batch dimension by its ``rows``."""
-        if self._keys is not None and self._values is not None:
-            self._keys = self._keys.index_select(0, rows.to(self._keys.device))
-            self._values = self._values.index_select(0, rows.to(self._values.device))
-            self._measure()
+        if self._keys is not None:
+            self._set(*(part.index_select(0, rows.to(part.device)) for part in (self.keys, self.values)))
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes stored and bytes allocated."""
         return (self.end - self.start) * self.entry_bytes, self.capacity * self.place_bytes
 
-    def _resize(self, capacity: int, like: Tensor) -> None:
-        length = self.length
-        shape = (*like.shape[:-2], capacity, like.shape[-1])
+    def _resize(self, capacity: int, like: Tensor | None = None) -> None:
+        """Move to a room of another size; the first one's entries are shaped like keys [..., H, any, D]."""
+        lead: tuple[int, ...]
+        tail: tuple[int, ...]
+        if self._keys is not None:
+            lead, tail, kind = self._keys.lead, self._keys.tail, (self._keys.dtype, self._keys.device)
+        else:
+            assert like is not None
+            lead, tail, kind = like.shape[:-2], like.shape[-1:], (like.dtype, like.device)
         # Room for both before either moves: memory that runs out leaves things as they were. Mapped room takes none
         # until it is written, so that only one old buffer more is alive meanwhile.
-        rooms = [_room(shape, like.dtype, like.device) for _ in range(2)]
-        for name, fresh in zip(("_keys", "_values"), rooms, strict=True):
-            old: Tensor | None = getattr(self, name)
-            if old is not None:
-                fresh[..., :length, :] = old[..., self.start : self.end, :]
-            setattr(self, name, fresh)
-        self.start, self.end = 0, length
+        keys, values = Room(lead, capacity, tail, *kind), Room(lead, capacity, tail, *kind)
+        if self._keys is not None:
+            keys.take(self._keys, self.start, self.length)
+        self._keys = keys
+        if self._values is not None:
+            values.take(self._values, self.start, self.length)
+        self._values = values
+        self.start, self.end = 0, self.length
+        self._measure()
+
+    def _set(self, keys: Tensor, values: Tensor) -> None:
+        """Hold these entries [..., H, n, D] instead."""
+        axis = keys.dim() - 2
+        self._keys, self._values = Room.holding(keys, axis), Room.holding(values, axis)
+        self.start, self.end = 0, keys.shape[axis]
         self._measure()
 
     def _measure(self) -> None:
         assert self._keys is not None
         assert self._values is not None
-        self.capacity, self.leading = self._keys.shape[-2], self._keys.shape[0]
+        self.capacity, self.leading = self._keys.places, self._keys.lead[0]
         self.entry_bytes = (self._keys.nbytes + self._values.nbytes) // max(1, self.capacity)
         self.place_bytes = self.entry_bytes
-        self._addresses, self.dtype = (self._keys.data_ptr(), self._values.data_ptr(), None), self._keys.dtype
+        self.keys_at, self.values_at, self.dtype = self._keys.at, self._values.at, self._keys.dtype
+        self.kind = KINDS.get(self._keys.dtype, _OTHER)
 
     def _shaped(self, like: Tensor) -> Tensor:
         return like[None]
-
-
-def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty tensor. On a CPU all but the smallest are mapped: what lives as long as a cache would otherwise lie
-    scattered between short-lived tensors, and keep malloc from using their room again."""
-    size = math.prod(shape) * dtype.itemsize
-    with torch.inference_mode(False):  # so that the model's forward may go on with a cache that an executor filled
-        if device.type != "cpu" or size < MAPPED:
-            return torch.empty(shape, dtype=dtype, device=device)
-        return torch.frombuffer(_mapping(size), dtype=dtype).view(shape)
-
-
-def _mapping(size: int) -> mmap.mmap:
-    """Memory of this process alone, where the system knows the difference."""
-    if hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS"):
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return mmap.mmap(-1, size)
 
 
 class Row(Buffer):
@@ -161,19 +179,19 @@ class Row(Buffer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._columns = torch.empty(0, dtype=torch.int32)
+        self._columns = Room((), 0, (), torch.int32, torch.device("cpu"))
         self._dropped = 0  # entries at the front, ever
         self._marks: deque[tuple[int, int]] = deque()  # a column, and how many entries there ever were below it
 
     def add(self, keys: Tensor, values: Tensor, columns: Tensor) -> None:
         """Add entries [H, n, D] that belong to ``columns`` [n]."""
         self.append(keys, values)
-        self._columns[self.end - len(columns) : self.end] = columns
+        self._columns.tensor[self.end - len(columns) : self.end] = columns
 
     @property
     def columns(self) -> Tensor:
         """Columns of the stored entries, [n] int32."""
-        return self._columns[self.start : self.end]
+        return self._columns.tensor[self.start : self.end]
 
     @property
     def on_host(self) -> bool:
@@ -203,7 +221,7 @@ class Row(Buffer):
             while self._marks and self._marks[0][0] <= column:
                 below = self._marks.popleft()[1]
             self.drop(below - self._dropped)
-        elif self.length and int(self._columns[self.start]) < column:
+        elif self.length and int(self.columns[0]) < column:
             self.drop(int((self.columns < column).sum()))
 
     def drop(self, count: int) -> None:
@@ -211,9 +229,8 @@ class Row(Buffer):
         super().drop(count)
 
     def keep(self, where: Tensor | slice) -> None:
-        kept = self.columns[where].clone()
+        self._columns = Room.holding(self.columns[where], 0)
         super().keep(where)
-        self._set_columns(kept)
 
     def copy(self) -> Row:
         other = Row()
@@ -226,19 +243,18 @@ class Row(Buffer):
         while self._marks and self._marks[-1][0] > end:
             self._marks.pop()
 
-    def _resize(self, capacity: int, like: Tensor) -> None:
-        fresh = _room((capacity,), torch.int32, like.device)
-        fresh[: self.length] = self.columns
+    def _resize(self, capacity: int, like: Tensor | None = None) -> None:
+        fresh = Room((), capacity, (), torch.int32, self._columns.device if like is None else like.device)
+        if self.length:
+            fresh.take(self._columns, self.start, self.length)
+        # Not before keys and values have moved: until then it is these that stand beside them.
         super()._resize(capacity, like)
-        self._set_columns(fresh)
+        self._columns, self.columns_at = fresh, fresh.at
 
     def _measure(self) -> None:
         super()._measure()
         self.place_bytes += _COLUMN_BYTES
+        self.columns_at = self._columns.at
 
     def _shaped(self, like: Tensor) -> Tensor:
         return like
-
-    def _set_columns(self, columns: Tensor) -> None:
-        self._columns = columns
-        self._addresses = (*self._addresses[:2], columns.data_ptr())

@@ -14,7 +14,7 @@ APP = REPO / "app"
 
 # A module may import those before it, and its own package.
 ORDER = (
-    "config", "trace", "errors", "threads", "architectures", "routing", "storage", "cache", "layer", "model",
+    "config", "trace", "errors", "threads", "architectures", "routing", "room", "storage", "cache", "layer", "model",
     "executor", "fetching", "hub", "integrity", "chat", "loading", "sampling", "batching", "generate", "measure",
     "conversion", "cli",
 )

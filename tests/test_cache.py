@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from modification import MoDConfig, RaggedCache
+from modification import MoDConfig, RaggedCache, generate
 from modification.cache import GrowingLayer, RaggedLayer, margin
 from modification.executor import executor_of
 from modification.storage import Row
@@ -196,6 +197,22 @@ def test_a_copied_cache_grows_on_its_own():
     assert cache.lengths() == before
     assert cache.get_seq_length() == 14
     assert other.get_seq_length() == 19
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["copy", "pickle"])
+def test_a_copy_is_written_where_it_lies(again):
+    """Whatever decodes, and writes by address: a copy goes on as the original would have, and leaves it alone."""
+    model, ids = mod_model("llama"), tokens(1, 20)[0]
+    cache = model.new_cache()
+    list(generate(model, ids, p=0.5, max_new_tokens=6, cache=cache))
+    cache.owner = None  # a reference to the model
+    other, before = again(cache), [store.keys.clone() for layer in cache.layers for store in layer.stores()]
+    executor = executor_of(model)
+    found = [executor.decode([token], [other], [0.5]).logits for token in (3, 4, 5)]
+    assert all(map(torch.equal, before, (store.keys for layer in cache.layers for store in layer.stores())))
+    expected = [executor.decode([token], [cache], [0.5]).logits for token in (3, 4, 5)]
+    assert all(map(torch.equal, found, expected))
+    assert other.lengths() == cache.lengths()
 
 
 # Misuse

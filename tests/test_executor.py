@@ -13,7 +13,18 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from builders import REPO, TOLERANCE, assert_close, dense_model, mod_model, routers, safe_threshold, save_folder, tokens
+from builders import (
+    REPO,
+    TOLERANCE,
+    VOCABULARY,
+    assert_close,
+    dense_model,
+    mod_model,
+    routers,
+    safe_threshold,
+    save_folder,
+    tokens,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -92,6 +103,29 @@ def test_fast_equals_stock_in_bf16(variant, decoder):
         run(fast(model, decoder), model, ids[0], 25, 0.0), run(Stock(model, "test"), model, ids[0], 25, 0.0),
         torch.bfloat16,
     )
+
+
+def test_kernels_write_no_entry_amid_those_of_another_type():
+    """A cache that was filled in float32 is refused in bfloat16, and left as it was."""
+    model, ids = mod_model("llama"), tokens(1, 20)[0]
+    cache = model.new_cache()
+    fast(model).prefill(ids, cache, 0.0)
+    before = cache.lengths()
+    with pytest.raises(ValueError, match="keys of another type"):
+        fast(mod_model("llama", dtype=torch.bfloat16)).decode([1], [cache], [0.0])
+    assert cache.lengths() == before
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_kernels_read_no_token_that_is_not_there(token):
+    """It is named, and the cache left as it was."""
+    model, ids = mod_model("llama"), tokens(1, 20)[0]
+    cache = model.new_cache()
+    executor = fast(model)
+    executor.prefill(ids, cache, 0.0)
+    with pytest.raises(IndexError, match=str(token)):
+        executor.decode([token], [cache], [0.0])
+    assert cache.get_seq_length() == 20
 
 
 @given(

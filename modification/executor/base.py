@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,16 +24,24 @@ class Pass:
     """What a call reports.
 
     Attributes:
-        logits: of the last token (prefill, B = 1) or of each row's token (decode), [B, V].
+        outputs: the logits, or memory [B * V] that holds them.
         scores: router gates per MoD layer, [M, N] for N tokens or rows.
         routed: whether they ran there, [M, N].
         likeliest: each row's likeliest token and its log-probability, B of them, where they were found on the way.
     """
 
-    logits: Tensor
+    outputs: Tensor | ctypes.Array[ctypes.c_float]
     scores: npt.NDArray[np.float32]
     routed: npt.NDArray[np.bool_]
     likeliest: Sequence[tuple[int, float]] = ()
+
+    @property
+    def logits(self) -> Tensor:
+        """Of the last token (prefill, B = 1) or of each row's token (decode), [B, V]."""
+        if isinstance(self.outputs, Tensor):
+            return self.outputs
+        # No sooner: a decode step has little time for torch, and greedy choice needs none of it.
+        return torch.frombuffer(self.outputs, dtype=torch.float32).view(self.scores.shape[1], -1)
 
 
 class Executor(ABC):
@@ -62,7 +71,6 @@ class Executor(ABC):
             cache.tokens.extend(part.tolist())
             yield found
 
-    @torch.inference_mode()
     def decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
         """One token of each of B rows."""
         done = self._decode(tokens, caches, p)
@@ -75,7 +83,8 @@ class Executor(ABC):
         """One chunk of a prompt; its logits matter only if it is the ``last``."""
 
     @abstractmethod
-    def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass: ...
+    def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
+        """The same; sees to it itself that torch notes no gradients (entering that mode takes time)."""
 
 
 class Stock(Executor):
@@ -93,6 +102,7 @@ class Stock(Executor):
         )
         return Pass(out.logits[:, -1], torch.cat(out.router_scores).cpu().numpy(), torch.cat(out.routed).cpu().numpy())
 
+    @torch.inference_mode()
     def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
         rows = [
             self._chunk(torch.tensor([token], device=self.model.device), cache, threshold, True)

@@ -181,6 +181,10 @@ class Fast(Executor):
     def _decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
         if self.native is not None:
             return self.native.decode(tokens, caches, p)
+        return self._in_torch(tokens, caches, p)
+
+    @torch.inference_mode()
+    def _in_torch(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
         device = self.model.device
         places = [cache.get_seq_length() for cache in caches]
         x = self.base.embed_tokens(to_device(tokens, torch.int64, device))

@@ -186,28 +186,38 @@ void rotate(float* head, const T* norm, int64_t width, float epsilon, const floa
 
 extern "C" {
 
-struct Shape {
-    int64_t width, heads, kv_heads, head, inner, routers;
-    float epsilon, router_epsilon, scale;
-    int32_t half;  // 1: weights, keys and values are bfloat16; 0: float32
-};
-
 struct Layer {  // null where the layer has no such part
     const void *norm, *q, *k, *v, *o, *q_bias, *k_bias, *v_bias, *o_bias, *q_norm, *k_norm, *mlp_norm, *gate, *up, *down;
+    int64_t window;  // sliding-window length, or 0
+    int64_t routed;  // whether it is a MoD layer
 };
 
-struct Row {  // one row of the batch at this layer
+struct Shape {  // and all else that stays as it is from step to step
+    int64_t width, heads, kv_heads, head, inner, routers, depth, vocabulary, points, anchors;
+    float epsilon, router_epsilon, scale, turn_scale;
+    int64_t kind;                     // of weights, keys and values: 1 float32, 2 bfloat16
+    const Layer* const* layers;       // [depth]
+    const double* dial;               // [points], or null
+    const float *weights, *biases;    // of the routers
+    const float* turns;               // RoPE's frequencies, [head / 2]
+    const void *embedding, *norm, *vocabulary_weight;
+};
+
+struct Place {  // what a row of the cache holds in one layer (storage.Buffer): live entries are start..end
     void *keys, *values;      // [kv_heads, capacity, head]
     int32_t* columns;         // [capacity], or null
-    int64_t capacity, start, end;  // live entries are start..end; the new one goes to end
-    int64_t index;            // the row's place in x
-    int64_t column;           // the token's place in its sequence
-    int64_t window;           // sliding-window length, or 0
+    int64_t capacity, start, end, kind;
 };
 
 }  // extern "C"
 
 namespace {
+
+struct Row : Place {  // one row of the batch at one layer; its new entry goes to end
+    int64_t index;            // the row's place in x
+    int64_t column;           // the token's place in its sequence
+    int64_t window;
+};
 
 // Online softmax over a stretch of keys: running maximum, sum and weighted values of one query head.
 struct Partial { float top, total; };
@@ -410,19 +420,20 @@ struct Pass {
 };
 
 // Logits of every router for rows of x: what the rows would score at each MoD layer if nothing ran before it.
-void score(const Shape& shape, const float* routers, const float* biases, const float* x, float* logits, int64_t r,
-           Span span) {
+void score(const Shape& shape, const float* x, float* logits, int64_t r, Span span) {
     const float* row = x + r * shape.width;
     const float scale = inverse_rms(row, shape.width, shape.router_epsilon);
     for (int64_t m = span.from; m < span.to; ++m) {
         float y[1][ROWS];
-        dots<1, 1>(routers + m * shape.width, &row, shape.width, y);
-        logits[r * shape.routers + m] = y[0][0] * scale + biases[m];
+        dots<1, 1>(shape.weights + m * shape.width, &row, shape.width, y);
+        logits[r * shape.routers + m] = y[0][0] * scale + shape.biases[m];
     }
 }
 
 // A router's logit as a score: its sigmoid, bent by the dial (routing.bend); NaN opens the gate, as in the router.
-float gate(float logit, const double* dial, int64_t points) {
+float gate(float logit, const Shape& shape) {
+    const double* dial = shape.dial;
+    const int64_t points = shape.points;
     const double raw = (float)(1.0 / (1.0 + std::exp(-std::max(std::isnan(logit) ? OPEN : (double)logit, -700.0))));
     if (!points) return (float)raw;
     const int64_t at = std::upper_bound(dial, dial + points, raw) - dial;
@@ -432,12 +443,14 @@ float gate(float logit, const double* dial, int64_t points) {
 }
 
 template <class T>
-void run(const Layer& layer, const Shape& shape, const Row* rows, int64_t count, float* x, const float* cosines,
-         const float* sines, const float* routers, const float* biases, float* logits, int threads) {
+void run(const Layer& layer, const Shape& shape, const std::vector<Row>& rows, float* x, const float* cosines,
+         const float* sines, float* logits, int threads) {
     static thread_local std::vector<float> scratch;
     static thread_local std::vector<Partial> partials;
     static thread_local std::vector<Stretch> stretches;
-    std::vector<Row> visible(rows, rows + count);
+    static thread_local std::vector<Row> visible;
+    const int64_t count = (int64_t)rows.size();
+    visible = rows;
     for (Row& row : visible) row.start = first_visible(row);
     const int64_t keys = list_stretches(visible, shape.kv_heads, stretches), parts = (int64_t)stretches.size();
     const int64_t nq = shape.heads * shape.head, nk = shape.kv_heads * shape.head;
@@ -451,7 +464,8 @@ void run(const Layer& layer, const Shape& shape, const Row* rows, int64_t count,
     float* at[8];
     float* next = scratch.data();
     for (int i = 0; i < 8; ++i) { at[i] = next; next += sizes[i]; }
-    const Pass<T> pass{layer, shape, visible.data(), count, x, cosines, sines, threads,
+    const Row* const shown = visible.data();  // this thread's, for all
+    const Pass<T> pass{layer, shape, shown, count, x, cosines, sines, threads,
                        at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], partials.data(), stretches, keys};
 
     #pragma omp parallel num_threads(threads)
@@ -472,22 +486,22 @@ void run(const Layer& layer, const Shape& shape, const Row* rows, int64_t count,
         pass.add(layer.down, nullptr, pass.inner, shape.inner, t);
         #pragma omp barrier
         for (int64_t r = 0; r < count; ++r)
-            score(shape, routers, biases, x, logits, visible[r].index, share(shape.routers, t, pass.threads));
+            score(shape, x, logits, shown[r].index, share(shape.routers, t, pass.threads));
     }
 }
 
+// Final norm and vocabulary projection: x [count, width] -> out [count, vocabulary].
 template <class T>
-void project_head(const T* norm, const T* weight, const Shape& shape, const float* x, int64_t count, int64_t vocabulary,
-                  float* out, int threads) {
+void project_head(const Shape& shape, const float* x, int64_t count, float* out, int threads) {
     static thread_local std::vector<float> normed;
     normed.resize(count * shape.width);
     float* in = normed.data();
     for (int64_t r = 0; r < count; ++r)
-        normalise(x + r * shape.width, norm, shape.width, shape.epsilon, in + r * shape.width);
+        normalise(x + r * shape.width, (const T*)shape.norm, shape.width, shape.epsilon, in + r * shape.width);
     #pragma omp parallel num_threads(threads)
-    multiply(weight, (const T*)nullptr, in, count, shape.width, 
-             share(vocabulary, omp_get_thread_num(), omp_get_num_threads()),
-             [&](int64_t r, int64_t o, float y) { out[r * vocabulary + o] = y; });
+    multiply((const T*)shape.vocabulary_weight, (const T*)nullptr, in, count, shape.width,
+             share(shape.vocabulary, omp_get_thread_num(), omp_get_num_threads()),
+             [&](int64_t r, int64_t o, float y) { out[r * shape.vocabulary + o] = y; });
 }
 
 // The first of the largest of n logits, and its log-probability; that is NaN where a logit is none, or infinite.
@@ -509,69 +523,110 @@ float likeliest(const float* logits, int64_t n, int64_t* best) {
     return -std::log(total);
 }
 
-}  // namespace
-
-extern "C" {
-
-// Each function returns 0, or 1 where memory ran out: nothing may be thrown into a caller that is not C++.
-
 struct Step {  // one token of each of `count` rows
-    const Layer* const* layers;  // [depth]
-    const uint8_t* routed;       // [depth]: whether it is a MoD layer
-    const Row* rows;             // [depth, count]
-    int64_t depth, count;
-    const double* dial;          // [points], or null
-    int64_t points;
-    const float *routers, *biases, *thresholds;  // thresholds: [routers, count]
-    const uint8_t* anchored;     // [count]: rows that run everywhere
-    const float *cosines, *sines;
-    float *x, *logits, *gates;   // [count, width]; scratch [count, routers]; out: [routers, count]
-    uint8_t* runs;               // out: [routers, count]
+    int64_t count;
+    const int64_t *tokens, *columns;  // [count]
+    Place* const* places;             // [count, depth]
+    const float* thresholds;          // [routers, count]
+    float* logits;                    // out: [count, vocabulary]
+    float* gates;                     // out: [routers, count]
+    uint8_t* runs;                    // out: [routers, count]
+    int64_t *best, *written;          // out, [count]: the likeliest token, and entries that were stored
+    float* logprobs;                  // out, [count]: the likeliest token's log-probability
 };
 
-// x through all layers, each row through those that it is routed to. A row is scored at every router at once after each
-// layer that ran: a skipped layer leaves it as it is.
-int32_t mod_step(const Shape* shape, const Step* step, int32_t threads) try {
-    static thread_local std::vector<Row> running;
-    const int64_t count = step->count;
-    for (int64_t r = 0; r < count; ++r)
-        score(*shape, step->routers, step->biases, step->x, step->logits, r, {0, shape->routers});
-    int64_t router = 0;
-    for (int64_t l = 0; l < step->depth; ++l) {
-        const Row* rows = step->rows + l * count;
-        running.assign(rows, rows + count);
-        if (step->routed[l]) {
-            running.clear();
-            for (int64_t r = 0; r < count; ++r) {
-                const int64_t at = router * count + r;
-                step->gates[at] = gate(step->logits[r * shape->routers + router], step->dial, step->points);
-                step->runs[at] = step->gates[at] >= step->thresholds[at] || step->anchored[r];
-                if (step->runs[at]) running.push_back(rows[r]);
+// What a step works on: the rows' hidden states, RoPE at their columns, and what each router says of them.
+struct Scratch {
+    std::vector<float> x, cosines, sines, logits;
+
+    template <class T>
+    void begin(const Shape& shape, const Step& step) {
+        const int64_t half = shape.head / 2;
+        x.resize(step.count * shape.width);
+        cosines.resize(step.count * half);
+        sines.resize(step.count * half);
+        logits.resize(step.count * shape.routers);
+        for (int64_t r = 0; r < step.count; ++r) {
+            const T* from = (const T*)shape.embedding + step.tokens[r] * shape.width;
+            for (int64_t i = 0; i < shape.width; ++i) x[r * shape.width + i] = read(from + i);
+            for (int64_t i = 0; i < half; ++i) {
+                const float angle = (float)step.columns[r] * shape.turns[i];
+                cosines[r * half + i] = std::cos(angle) * shape.turn_scale;
+                sines[r * half + i] = std::sin(angle) * shape.turn_scale;
             }
-            ++router;
+            score(shape, x.data(), logits.data(), r, {0, shape.routers});
         }
-        if (running.empty()) continue;
-        const auto go = shape->half ? run<bf16> : run<float>;
-        go(*step->layers[l], *shape, running.data(), (int64_t)running.size(), step->x, step->cosines, step->sines,
-           step->routers, step->biases, step->logits, threads);
     }
+};
+
+// Whether every row has room for an entry of the right type in every layer.
+bool prepared(const Shape& shape, const Step& step) {
+    for (int64_t at = 0; at < step.count * shape.depth; ++at) {
+        const Place& place = *step.places[at];
+        if (place.end >= place.capacity || place.kind != shape.kind) return false;
+    }
+    return true;
+}
+
+// The rows that run in a layer; a MoD layer's are decided.
+void choose(const Shape& shape, const Step& step, int64_t layer, int64_t router, const float* logits,
+            std::vector<Row>& running) {
+    running.clear();
+    const Layer& here = *shape.layers[layer];
+    for (int64_t r = 0; r < step.count; ++r) {
+        const int64_t at = router * step.count + r;
+        if (here.routed) {
+            step.gates[at] = gate(logits[r * shape.routers + router], shape);
+            step.runs[at] = step.gates[at] >= step.thresholds[at] || step.columns[r] < shape.anchors;
+            if (!step.runs[at]) continue;
+        }
+        running.push_back({*step.places[r * shape.depth + layer], r, step.columns[r], here.window});
+    }
+}
+
+// The rows' tokens through all layers, each through those that it is routed to, and through the head. A row is scored at
+// every router at once after each layer that ran: a skipped layer leaves it as it is.
+template <class T>
+void take(const Shape& shape, const Step& step, int threads) {
+    static thread_local std::vector<Row> running;
+    static thread_local Scratch scratch;
+    scratch.begin<T>(shape, step);
+    float* x = scratch.x.data();
+    for (int64_t layer = 0, router = 0; layer < shape.depth; ++layer) {
+        choose(shape, step, layer, router, scratch.logits.data(), running);
+        router += shape.layers[layer]->routed;
+        if (!running.empty())
+            run<T>(*shape.layers[layer], shape, running, x, scratch.cosines.data(), scratch.sines.data(),
+                   scratch.logits.data(), threads);
+    }
+    project_head<T>(shape, x, step.count, step.logits, threads);
+    for (int64_t r = 0; r < step.count; ++r)
+        step.logprobs[r] = likeliest(step.logits + r * shape.vocabulary, shape.vocabulary, step.best + r);
+}
+
+// Count what was stored, once nothing can fail any more.
+void settle(const Shape& shape, const Step& step) {
+    for (int64_t r = 0; r < step.count; ++r) {
+        step.written[r] = 0;
+        for (int64_t layer = 0, router = 0; layer < shape.depth; ++layer) {
+            const bool ran = !shape.layers[layer]->routed || step.runs[router * step.count + r];
+            router += shape.layers[layer]->routed;
+            step.places[r * shape.depth + layer]->end += ran;
+            step.written[r] += ran;
+        }
+    }
+}
+
+}  // namespace
+
+// Returns 0; 1 where memory ran out (nothing may be thrown into a caller that is not C++); 2, with nothing done, where a
+// row has no room for another entry, or entries of another type.
+extern "C" int32_t mod_step(const Shape* shape, const Step* step, int32_t threads) try {
+    if (!prepared(*shape, *step)) return 2;
+    const auto go = shape->kind == 2 ? take<bf16> : take<float>;
+    go(*shape, *step, threads);
+    settle(*shape, *step);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;
 }
-
-// Final norm and vocabulary projection: x [count, width] -> out [count, vocabulary]; each row's likeliest token and its
-// log-probability, [count] each.
-int32_t mod_head(const void* norm, const void* weight, const Shape* shape, const float* x, int64_t count,
-                 int64_t vocabulary, float* out, int64_t* best, float* logprobs, int32_t threads) try {
-    if (shape->half)
-        project_head((const bf16*)norm, (const bf16*)weight, *shape, x, count, vocabulary, out, threads);
-    else
-        project_head((const float*)norm, (const float*)weight, *shape, x, count, vocabulary, out, threads);
-    for (int64_t r = 0; r < count; ++r) logprobs[r] = likeliest(out + r * vocabulary, vocabulary, best + r);
-    return 0;
-} catch (const std::bad_alloc&) {
-    return 1;
-}
-
-}  // extern "C"

@@ -16,18 +16,19 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modification.cache import RaggedCache
 from modification.config import Threshold, threshold_at
 from modification.executor.base import Pass
 from modification.executor.blocks import Block, stacked_routers
+from modification.storage import KINDS
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # Fast maths short of -ffast-math: that one would also change how the whole process treats denormals.
@@ -36,42 +37,43 @@ FLAGS = (
     "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math",
 )
 BUILD_SECONDS = 300
-_Pointer, _Count = ctypes.c_void_p, ctypes.c_int64
+_Pointer, _Count, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _PARTS = (
     "norm", "q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm", "mlp_norm", "gate", "up",
     "down",
 )
 
 
-class _Shape(ctypes.Structure):
-    _fields_ = [
-        *((name, _Count) for name in ("width", "heads", "kv_heads", "head", "inner", "routers")),
-        *((name, ctypes.c_float) for name in ("epsilon", "router_epsilon", "scale")), ("half", ctypes.c_int32),
-    ]
-
-
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, _Pointer) for name in _PARTS]
+    _fields_ = (*((name, _Pointer) for name in _PARTS), ("window", _Count), ("routed", _Count))
 
 
-class _Row(ctypes.Structure):
-    _fields_ = [
-        *((name, _Pointer) for name in ("keys", "values", "columns")),
-        *((name, _Count) for name in ("capacity", "start", "end", "index", "column", "window")),
-    ]
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *((name, _Count) for name in (
+            "width", "heads", "kv_heads", "head", "inner", "routers", "depth", "vocabulary", "points", "anchors",
+        )),
+        *((name, ctypes.c_float) for name in ("epsilon", "router_epsilon", "scale", "turn_scale")), ("kind", _Count),
+        *((name, _Pointer) for name in (
+            "layers", "dial", "weights", "biases", "turns", "embedding", "norm", "vocabulary_weight",
+        )),
+    )
 
 
 class _Step(ctypes.Structure):
-    _fields_ = [
-        *((name, _Pointer) for name in ("layers", "routed", "rows")), ("depth", _Count), ("count", _Count),
-        ("dial", _Pointer), ("points", _Count),
-        *((name, _Pointer) for name in ("routers", "biases", "thresholds", "anchored", "cosines", "sines")),
-        *((name, _Pointer) for name in ("x", "logits", "gates", "runs")),
-    ]
+    _fields_ = (
+        ("count", _Count),
+        *((name, _Pointer) for name in (
+            "tokens", "columns", "places", "thresholds", "logits", "gates", "runs", "best", "written", "logprobs",
+        )),
+    )
 
 
 class NativeDecoder:
     """One decode step of a Llama-shaped MoD model on the CPU.
+
+    A step is one call: what Python does around it runs with cold caches, after all weights have gone through them, and
+    torch's own small operations take 50 to 200 µs each there.
 
     Args:
         model: float32 or bfloat16, plain linear layers, SiLU MLPs (see :func:`native_obstacle`).
@@ -80,89 +82,55 @@ class NativeDecoder:
     """
 
     def __init__(self, model: Any, blocks: Sequence[Block], library: ctypes.CDLL) -> None:
-        self.model, self.blocks, self.library = model, blocks, library
-        config, base = model.config, model.model
-        self.embedding, self.anchors = base.embed_tokens.weight.detach(), model.mod_config.anchors
-        layers, depth = [_layer(block) for block in blocks], len(blocks)
-        self.layers = (_Pointer * depth)(*(ctypes.addressof(layer) for layer in layers))
-        self.routed = (ctypes.c_uint8 * depth)(*(block.router is not None for block in blocks))
-        # Storage must outlive a generation, even if the model is moved or cast meanwhile.
-        self.kept = [*layers, *(weight.detach() for weight in model.parameters())]
-        self.routers, self.biases = stacked_routers(blocks, config.hidden_size)
-        dial = model.mod_config.dial
-        self.dial = (ctypes.c_double * len(dial))(*dial)
-        head, kv_heads = blocks[0].head, config.num_key_value_heads
-        self.shape = _Shape(
-            config.hidden_size, config.num_attention_heads, kv_heads, head, config.intermediate_size, len(self.biases),
-            config.rms_norm_eps, torch.finfo(torch.float32).eps, blocks[0].attention.scaling,
-            int(model.dtype == torch.bfloat16),
-        )
-        self.head, self.norm = model.lm_head.weight.detach(), base.norm.weight.detach()
+        self.library, config, base = library, model.config, model.model
+        head, kv_heads, rotary = blocks[0].head, config.num_key_value_heads, base.rotary_emb
         self.like = torch.empty(kv_heads, 0, head, dtype=model.dtype)
+        layers, dial = [_layer(block) for block in blocks], model.mod_config.dial
+        weights, biases = stacked_routers(blocks, config.hidden_size)
+        turns = rotary.inv_freq.detach().float().contiguous()
+        lists = (_Pointer * len(layers))(*_addresses(*layers)), (ctypes.c_double * len(dial))(*dial)
+        # Storage must outlive a generation, even if the model is moved or cast meanwhile.
+        self.kept = [*layers, *lists, weights, biases, turns, *(weight.detach() for weight in model.parameters())]
+        self.routers, self.vocabulary = len(biases), len(model.lm_head.weight)
+        self.shape = _Shape(
+            config.hidden_size, config.num_attention_heads, kv_heads, head, config.intermediate_size, self.routers,
+            len(layers), self.vocabulary, len(dial), model.mod_config.anchors, config.rms_norm_eps,
+            torch.finfo(torch.float32).eps, blocks[0].attention.scaling, rotary.attention_scaling, KINDS[model.dtype],
+            *_addresses(*lists), weights.data_ptr(), biases.data_ptr(), turns.data_ptr(),
+            base.embed_tokens.weight.data_ptr(), base.norm.weight.data_ptr(), model.lm_head.weight.data_ptr(),
+        )
 
     def decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
-        """One token of each of B rows; see :meth:`Executor.decode`."""
-        count, routers = len(tokens), int(self.shape.routers)
-        places, held = [cache.get_seq_length() for cache in caches], [cache.nbytes() for cache in caches]
-        stores = [[cache.layers[index].row() for cache in caches] for index in range(len(self.blocks))]
-        grown = {row for layer in stores for row, store in enumerate(layer) if store.end == store.capacity}
-        rows = (_Row * (len(stores) * count))()
-        for at, (layer, block) in enumerate(zip(stores, self.blocks, strict=True)):
-            for row, store in enumerate(layer):
-                self._place(rows[at * count + row], store, row, places[row], block.window)
-        x, gates, runs = self._run(tokens, places, rows, p)
-        ran, written = iter(runs.reshape(routers, count).tolist()), [0] * count
-        for layer, routed in zip(stores, self.routed, strict=True):
-            for row, (store, run) in enumerate(zip(layer, next(ran) if routed else [1] * count, strict=True)):
-                store.end += run
-                written[row] += run
-        for row, cache in enumerate(caches):
-            stored = held[row].stored + written[row] * cache.entry_bytes
-            cache.advance_all(1, None if row in grown else (stored, held[row].allocated))
-        logits, likeliest = self._head(x)
-        return Pass(logits, gates.reshape(routers, count), runs.reshape(routers, count).astype(bool), likeliest)
+        """One token of each of B rows; see :meth:`Executor.decode`.
 
-    def _run(self, tokens: Sequence[int], places: list[int], rows: Any, p: Sequence[Threshold]) -> tuple[Any, Any, Any]:
-        """All layers: the rows' last hidden states [B, W], gates and decisions [M * B]."""
-        count, routers = len(tokens), int(self.shape.routers)
-        x = self.embedding[torch.tensor(tokens, device="cpu")].float()
-        cosines, sines = self._angles(places)
-        bounds = [threshold_at(one, at) for at in range(routers) for one in p]
-        thresholds, anchored = np.array(bounds, np.float32), np.array(places, np.int64) < self.anchors
-        gates, runs = np.empty(routers * count, np.float32), np.empty(routers * count, np.uint8)
-        logits = np.empty(routers * count, np.float32)
-        step = _Step(
-            ctypes.addressof(self.layers), ctypes.addressof(self.routed), ctypes.addressof(rows), len(self.blocks),
-            count, ctypes.addressof(self.dial), len(self.dial), self.routers.data_ptr(), self.biases.data_ptr(),
-            thresholds.ctypes.data, anchored.ctypes.data, cosines.data_ptr(), sines.data_ptr(), x.data_ptr(),
-            logits.ctypes.data, gates.ctypes.data, runs.ctypes.data,
+        Raises:
+            IndexError: a token that the vocabulary lacks.
+            ValueError: a cache holds entries of another type.
+        """
+        if not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
+            raise IndexError(f"tokens {list(tokens)}: the vocabulary has 0 to {self.vocabulary - 1}")
+        count, held = len(tokens), [cache.nbytes() for cache in caches]
+        stores = [layer.row() for cache in caches for layer in cache.layers]
+        bounds = [threshold_at(one, at) for at in range(self.routers) for one in p]
+        given = (
+            (_Count * count)(*tokens), (_Count * count)(*(cache.get_seq_length() for cache in caches)),
+            (_Pointer * len(stores))(*_addresses(*stores)), (_Float * len(bounds))(*bounds),
         )
-        self.library.mod_step(ctypes.byref(self.shape), ctypes.byref(step), torch.get_num_threads())
-        return x, gates, runs
-
-    def _place(self, row: _Row, store: Any, index: int, column: int, window: int | None) -> None:
-        store.make_place(self.like)
-        row.keys, row.values, row.columns = store.addresses
-        row.capacity, row.start, row.end = store.capacity, store.start, store.end
-        row.index, row.column, row.window = index, column, window or 0
-
-    def _angles(self, places: list[int]) -> tuple[Tensor, Tensor]:
-        """cos and sin of RoPE, [B, D / 2]."""
-        rotary = self.model.model.rotary_emb
-        angles = torch.tensor(places, dtype=torch.float32, device="cpu")[:, None] * rotary.inv_freq.float()
-        scaling: float = rotary.attention_scaling
-        return angles.cos() * scaling, angles.sin() * scaling
-
-    def _head(self, x: Tensor) -> tuple[Tensor, list[tuple[int, float]]]:
-        """Logits [B, V], and each row's likeliest token with its log-probability."""
-        weight, count = self.head, len(x)
-        out = torch.empty(count, len(weight), dtype=torch.float32, device="cpu")  # whatever the defaults are
-        best, logprobs = (_Count * count)(), (ctypes.c_float * count)()
-        self.library.mod_head(
-            self.norm.data_ptr(), weight.data_ptr(), ctypes.byref(self.shape), x.data_ptr(), count,
-            len(weight), out.data_ptr(), best, logprobs, torch.get_num_threads(),
-        )
-        return out, list(zip(best, logprobs, strict=True))
+        logits, gates = (_Float * (count * self.vocabulary))(), (_Float * len(bounds))()
+        runs, best, written = (ctypes.c_bool * len(bounds))(), (_Count * count)(), (_Count * count)()
+        logprobs = (_Float * count)()
+        step = _Step(count, *_addresses(*given, logits, gates, runs, best, written, logprobs))
+        grown = set[int]()
+        while self.library.mod_step(ctypes.byref(self.shape), ctypes.byref(step), torch.get_num_threads()):
+            grown = {at * count // len(stores) for at, store in enumerate(stores) if store.end == store.capacity}
+            for store in stores:
+                store.make_place(self.like)
+        for row, (cache, before) in enumerate(zip(caches, held, strict=True)):
+            stored = before.stored + written[row] * cache.entry_bytes
+            cache.advance_all(1, None if row in grown else (stored, before.allocated))
+        scores = np.frombuffer(memoryview(gates), np.float32).reshape(self.routers, count)
+        routed = np.frombuffer(memoryview(runs), np.bool_).reshape(self.routers, count)
+        return Pass(logits, scores, routed, list(zip(best, logprobs, strict=True)))
 
 
 def native_obstacle(model: Any, blocks: Sequence[Block]) -> str | None:
@@ -185,6 +153,8 @@ def native_obstacle(model: Any, blocks: Sequence[Block]) -> str | None:
     tensors = [tensor for part in [*parts, model.model.norm, model.model.embed_tokens] for tensor in part.parameters()]
     if any(tensor.dtype != model.dtype or not tensor.is_contiguous() for tensor in tensors):
         return "the weights are not all of one type and contiguous"
+    if model.model.embed_tokens.weight.shape != model.lm_head.weight.shape:
+        return "the embedding has other sizes than the head"
     if any(_shapes(block) != _expected(model.config, block) for block in blocks):
         return "a layer's weights have other sizes than the config says"
     return None
@@ -254,18 +224,20 @@ def _key(compiler: Sequence[str]) -> str:
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the functions' arguments."""
-    p, n, i = _Pointer, _Count, ctypes.c_int32
-    library.mod_step.argtypes = [p, p, i]
-    library.mod_head.argtypes = [p, p, p, p, n, n, p, p, p, i]
-    for function in (library.mod_step, library.mod_head):
-        function.restype, function.errcheck = i, _memory  # type: ignore[assignment]
+    library.mod_step.argtypes = [_Pointer, _Pointer, ctypes.c_int32]
+    library.mod_step.restype, library.mod_step.errcheck = ctypes.c_int32, _memory  # type: ignore[assignment]
     return library
 
 
-def _memory(code: int, function: Any, arguments: Any) -> None:
+def _memory(code: int, function: Any, arguments: Any) -> int:
     """Kernels return 1 where memory ran out."""
-    if code:
+    if code == 1:
         raise MemoryError("the kernels found no memory for their intermediate results")
+    return code
+
+
+def _addresses(*parts: Any) -> Iterator[int]:
+    return map(ctypes.addressof, parts)
 
 
 def _modules(block: Block) -> dict[str, Any]:
@@ -278,8 +250,8 @@ def _modules(block: Block) -> dict[str, Any]:
 
 
 def _layer(block: Block) -> Any:
-    """The addresses of a layer's weights."""
-    found: dict[str, int | None] = dict.fromkeys(_PARTS)
+    """The addresses of a layer's weights, and what else the kernels ask of it."""
+    found: dict[str, Any] = {"window": block.window or 0, "routed": int(block.router is not None)}
     for name, part in _modules(block).items():
         if part is not None:
             found[name] = part.weight.data_ptr()

@@ -151,8 +151,8 @@ class RaggedAttention:
         return mixed.reshape(rows, heads * self.head).to(q.dtype)
 
     def _told(self, store: Buffer, column: int) -> list[int]:
-        keys, values, columns = store.addresses
-        return [keys, values, columns or 0, store.capacity, store.start, store.end, column]
+        rooms = [store.keys_at, store.values_at, store.columns_at]
+        return [*rooms, store.capacity, store.start, store.end, column]
 
     def _spans(self, rows: int, longest: int) -> tuple[int, int]:
         """How many spans keep the device busy, and the keys of each."""
