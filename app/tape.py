@@ -176,11 +176,14 @@ def tape_of_trace(trace: RoutingTrace) -> str:
 
 def _shape_of(trace: RoutingTrace) -> ModelShape:
     """The model's sizes that the trace notes; without them every layer counts alike."""
-    given = trace.info.get("shape")
-    names = {field.name for field in dataclasses.fields(ModelShape)}
-    sizes = {name: int(value) for name, value in given.items() if name in names - {"mod_layers"}} if given else {
+    given = trace.info.get("shape") or {
         "layer_weights": 1, "head_weights": 0, "attention_width": 0, "router_weights": 0}
-    return ModelShape(**{**sizes, "depth": trace.depth, "mod_layers": trace.mod_layers})
+    names = {field.name for field in dataclasses.fields(ModelShape)} - {"mod_layers", "windows"}
+    sizes = {name: int(value) for name, value in given.items() if name in names}
+    windows = tuple(None if window is None else int(window) for window in given.get("windows", ()))
+    if windows and (len(windows) != trace.depth or any(window is not None and window < 1 for window in windows)):
+        raise ValueError(f"{len(windows)} sliding windows for {trace.depth} layers, or one below 1 token")
+    return ModelShape(**{**sizes, "depth": trace.depth, "mod_layers": trace.mod_layers, "windows": windows})
 
 
 def records(tape: str) -> Iterator[Any]:

@@ -27,6 +27,7 @@ from modification.architectures import (
     family_of,
     structure_of,
     window_of,
+    windows_of,
 )
 from modification.cache import RaggedCache
 from modification.config import MoDConfig, check_threshold
@@ -96,7 +97,7 @@ class MoDModel(PreTrainedModel, GenerationMixin):
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Sliding-window length of each layer in tokens, None where attention is full."""
-        return tuple(window_of(self.config, layer) for layer in range(self.config.num_hidden_layers))
+        return windows_of(self.config)
 
     def new_cache(self) -> RaggedCache:
         """An empty cache for this model; belongs to one generation."""

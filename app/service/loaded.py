@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +50,8 @@ class Loaded:
     def cache_bytes(self, tokens: int) -> int:
         """Most that keys and values of so many tokens take (estimated): at p = 0, with the buffers' spare room."""
         columns = 4 * tokens * len(self.shape.mod_layers)
-        return kv_bytes(self.shape, tokens, 1, 1.0, self.model.dtype.itemsize) + columns + columns // SPARE
+        full = dataclasses.replace(self.shape, windows=())  # until a chunk is through, all of it is held
+        return kv_bytes(full, tokens, 1, 1.0, self.model.dtype.itemsize) + columns + columns // SPARE
 
     def describe(self) -> str:
         """A line about the model."""

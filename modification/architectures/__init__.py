@@ -5,7 +5,15 @@ Adding a family is adding a row to ``table.FAMILIES``; nothing else in the proje
 
 from modification.architectures.family import ConversionError, Family, Sublayers
 from modification.architectures.find import ATTENTION_KERNELS, family_of, structure_of, structured
-from modification.architectures.shapes import PREFIX, entry_bytes, entry_width, head_width, rotate, window_of
+from modification.architectures.shapes import (
+    PREFIX,
+    entry_bytes,
+    entry_width,
+    head_width,
+    rotate,
+    window_of,
+    windows_of,
+)
 from modification.architectures.table import FAMILIES
 
 __all__ = [
@@ -23,4 +31,5 @@ __all__ = [
     "structure_of",
     "structured",
     "window_of",
+    "windows_of",
 ]

@@ -22,6 +22,11 @@ def window_of(config: Any, layer: int) -> int | None:
     return int(window)
 
 
+def windows_of(config: Any) -> tuple[int | None, ...]:
+    """The same of every layer."""
+    return tuple(window_of(config, layer) for layer in range(config.num_hidden_layers))
+
+
 def entry_width(config: Any) -> int:
     """Numbers in one token's keys and values in one layer."""
     family = FAMILIES.get(config.model_type.removeprefix(PREFIX))

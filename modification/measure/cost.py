@@ -1,8 +1,8 @@
 """What a generation costs, counted from shapes: FLOPs and bytes, routed against dense. Pure arithmetic.
 
 A matrix product of [n, a] by [a, b] counts 2nab FLOPs (one multiply, one add); norms, softmax and
-activations are left out, as is usual (e.g. https://arxiv.org/abs/2001.08361, section 2.1). Sliding windows
-are not taken into account: past its window such a model's attention is counted as full, on both sides.
+activations are left out, as is usual (e.g. https://arxiv.org/abs/2001.08361, section 2.1). In a layer with a
+sliding window a token meets the keys in its window alone.
 
 Decoding one token per row reads every weight that runs once, however many rows share it, and every stored key
 and value of each row that runs: that traffic, not FLOPs, bounds its speed (https://arxiv.org/abs/2211.05102,
@@ -11,6 +11,7 @@ section 2).
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modification.architectures import entry_width, head_width
+from modification.architectures import entry_width, head_width, windows_of
 from modification.trace import Step
 
 
@@ -38,6 +39,7 @@ class ModelShape:
         entry_width: numbers in one token's keys and values in one layer.
         expert_weights: the experts' share of ``layer_weights``.
         expert_share: of all experts, those that one token meets.
+        windows: each layer's sliding window in tokens, None where attention is full; empty if it is everywhere.
     """
 
     depth: int
@@ -51,6 +53,7 @@ class ModelShape:
     entry_width: int = 0
     expert_weights: int = 0
     expert_share: float = 1.0
+    windows: tuple[int | None, ...] = ()
 
     @classmethod
     def of(cls, model: Any) -> ModelShape:
@@ -73,24 +76,41 @@ class ModelShape:
         )
         experts, share = _experts(config, layer)
         weights += experts
+        windows = windows_of(config)
         entry = entry_width(config)
         return cls(
             depth=config.num_hidden_layers, mod_layers=tuple(mod_layers), layer_weights=weights,
             head_weights=config.vocab_size * config.hidden_size,
             attention_width=config.num_attention_heads * head_width(config),
             router_weights=config.hidden_size, keep=keep, kv_weights=config.hidden_size * entry,
-            entry_width=entry, expert_weights=experts, expert_share=share,
+            entry_width=entry, expert_weights=experts, expert_share=share, windows=windows if any(windows) else (),
         )
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer in tokens, None where attention is full."""
+        return self.windows[layer] if self.windows else None
+
+    def visible(self, layer: int, context: int) -> int:
+        """Tokens of a context that the last of them can see in a layer, itself included."""
+        window = self.window(layer)
+        return context if window is None else min(context, window)
 
     def prefill_flops(self, tokens: int, ran: Sequence[int] | None = None) -> int:
         """FLOPs of a prompt of ``tokens`` from an empty cache, logits of the last token alone.
 
         Args:
-            ran: tokens that ran in each MoD layer, [M]; None for the dense parent.
+            ran: tokens that ran in each MoD layer, [M], evenly spread over the prompt where there are sliding windows;
+                None for the dense parent.
         """
-        counts = [tokens] * (self.depth - (0 if ran is None else len(ran))) + list(ran or ())
+        counts = [tokens] * self.depth
+        for layer, count in zip(self.mod_layers, ran or (), strict=False):
+            counts[layer] = count
         routers = 0 if ran is None else 2 * tokens * self.router_weights * len(self.mod_layers)
-        return sum(layer_flops(self, n, n * (n + 1) // 2) for n in counts) + 2 * self.head_weights + routers
+        layers = sum(
+            layer_flops(self, n, pairs(n, round(self.visible(layer, tokens) * n / tokens)))
+            for layer, n in enumerate(counts)
+        )
+        return layers + 2 * self.head_weights + routers
 
     def decode_bytes(
         self, itemsize: int, entries: npt.NDArray[np.int64], ran: npt.NDArray[np.bool_] | None = None,
@@ -136,41 +156,66 @@ class CostMeter:
     routed: int = 0
     dense: int = 0
     _seen: int = 0
-    _stored: list[int] = field(default_factory=list)
+    _stored: list[int] = field(init=False)  # entries of each MoD layer
+    _columns: list[deque[int]] = field(init=False)  # theirs, where there is a window
+    _all: Counter[int | None] = field(init=False)  # layers by window
+    _plain: Counter[int | None] = field(init=False)  # those that are no MoD layers
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        self._stored, self._columns = [0] * len(shape.mod_layers), [deque() for _ in shape.mod_layers]
+        self._all = Counter(map(shape.window, range(shape.depth)))
+        self._plain = self._all - Counter(map(shape.window, shape.mod_layers))
 
     def add(self, step: Step) -> None:
         """Count one step: N tokens of which some ran in each MoD layer."""
-        shape, new = self.shape, len(step.tokens)
-        plain = layer_flops(shape, new, new * self._seen + new * (new + 1) // 2)
+        shape, new, end = self.shape, len(step.tokens), self._seen + len(step.tokens)
+        cost = {window: layer_flops(shape, new, pairs(end, window) - pairs(self._seen, window)) for window in self._all}
         head = 2 * shape.head_weights  # logits are computed for the last token alone
-        self.dense += shape.depth * plain + head
-        self.routed += (shape.depth - len(shape.mod_layers)) * plain + head
-        stored = self._stored or [0] * len(shape.mod_layers)
+        self.dense += sum(count * cost[window] for window, count in self._all.items()) + head
+        self.routed += sum(count * cost[window] for window, count in self._plain.items()) + head
         for at, ran in enumerate(step.routed.tolist()):
-            stored[at] = self._add_routed(ran, stored[at])
-        self._stored = stored
-        self._seen += new
+            self._add_routed(at, ran)
+        self._seen = end
 
     @property
     def saved(self) -> float:
         """Share of the dense parent's FLOPs that were not spent, 0 to 1."""
         return 1 - self.routed / self.dense if self.dense else 0.0
 
-    def _add_routed(self, ran: list[bool], stored: int) -> int:
-        """One MoD layer's tokens; returns the entries its cache holds afterwards."""
-        pairs = 0
-        for runs in ran:
+    def _add_routed(self, at: int, ran: list[bool]) -> None:
+        """The tokens of the ``at``-th MoD layer."""
+        met, window = 0, self.shape.window(self.shape.mod_layers[at])
+        for column, runs in enumerate(ran, self._seen):
             if runs or self.shape.keep:
-                stored += 1
+                self._stored[at] += 1
+            if window is not None:
+                self._stored[at] -= self._leave(self._columns[at], column, window, runs or self.shape.keep)
             if runs:
-                pairs += stored
+                met += self._stored[at]
         count = sum(ran)
-        self.routed += layer_flops(self.shape, count, pairs) + 2 * len(ran) * self.shape.router_weights
+        self.routed += layer_flops(self.shape, count, met) + 2 * len(ran) * self.shape.router_weights
         if self.shape.keep:
             self.routed += 2 * (len(ran) - count) * self.shape.kv_weights
-        return stored
+
+    @staticmethod
+    def _leave(columns: deque[int], column: int, window: int, stays: bool) -> int:
+        """Move a layer's window on to ``column``: how many entries left it."""
+        before = len(columns)
+        while columns and columns[0] <= column - window:
+            columns.popleft()
+        gone = before - len(columns)
+        if stays:
+            columns.append(column)
+        return gone
 
 
-def layer_flops(shape: ModelShape, tokens: int, pairs: int) -> int:
-    """FLOPs of one layer for ``tokens`` queries that meet ``pairs`` keys in all."""
-    return 2 * tokens * shape.layer_weights + 4 * pairs * shape.attention_width
+def pairs(tokens: int, window: int | None = None) -> int:
+    """Keys that so many tokens in a row meet in all: each itself and those before it, at most ``window``."""
+    inside = tokens if window is None else min(tokens, window)
+    return inside * (inside + 1) // 2 + (tokens - inside) * inside
+
+
+def layer_flops(shape: ModelShape, tokens: int, met: int) -> int:
+    """FLOPs of one layer for ``tokens`` queries that meet so many keys in all."""
+    return 2 * tokens * shape.layer_weights + 4 * met * shape.attention_width

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modification.architectures import PREFIX
+from modification.cache import margin
 from modification.config import LayerRule, MoDConfig
 from modification.errors import first_line
 from modification.executor.base import CHUNK
@@ -192,13 +193,22 @@ def report(found: Estimate, new_tokens: int) -> str:
 
 
 def kv_bytes(shape: ModelShape, context: int, batch: int, load: float | None, itemsize: int) -> int:
-    """Keys and values at the full context; for MoD (``load`` given) with the buffers' spare room."""
-    entry = shape.entry_width * itemsize
+    """Keys and values at the full context; for MoD (``load`` given) with the buffers' spare room.
+
+    Of a sliding window the stock cache keeps all but one, ours some more to step back to.
+    """
+    entry, layers = shape.entry_width * itemsize, range(shape.depth)
     if load is None:
-        return batch * context * shape.depth * entry
-    routed = len(shape.mod_layers)
-    entries = (shape.depth - routed) * context + routed * round(load * context)
+        return batch * entry * sum(min(context, (shape.window(layer) or context + 1) - 1) for layer in layers)
+    held = {layer: _held(shape, layer, context) for layer in layers}
+    entries = sum(round(load * held[layer]) if layer in shape.mod_layers else held[layer] for layer in layers)
     return round(batch * entries * entry * (1 + 1 / SPARE))
+
+
+def _held(shape: ModelShape, layer: int, context: int) -> int:
+    """Tokens whose entries a layer of ours holds at p = 0."""
+    window = shape.window(layer)
+    return context if window is None else min(context, window - 1 + margin(window))
 
 
 def activation_bytes(config: Any, shape: ModelShape, context: int, itemsize: int) -> int:
@@ -219,7 +229,7 @@ def activation_bytes(config: Any, shape: ModelShape, context: int, itemsize: int
 
 def growth_bytes(shape: ModelShape, context: int, itemsize: int) -> int:
     """Old and new buffer of one layer's keys (or values) while it grows."""
-    return context * shape.entry_width * itemsize // 2
+    return max(_held(shape, layer, context) for layer in range(shape.depth)) * shape.entry_width * itemsize // 2
 
 
 def _cost(
@@ -230,16 +240,18 @@ def _cost(
     plain, share = shape.depth - routed, 1.0 if load is None else load
     ran = None if load is None else [round(load * context)] * routed
     prefill = batch * shape.prefill_flops(context, ran)
-    # A token runs with probability `share` and then meets that share of the context.
-    step = plain * layer_flops(shape, 1, context) + 2 * shape.head_weights
-    step += round(routed * share * layer_flops(shape, 1, round(share * context)))
+    # A token runs with probability `share` and then meets that share of the context, or of its window.
+    shares = [share if load is not None and layer in shape.mod_layers else 1.0 for layer in range(shape.depth)]
+    keys = [part * shape.visible(layer, context) for layer, part in enumerate(shares)]
+    step = 2 * shape.head_weights
+    step += round(sum(part * layer_flops(shape, 1, round(met)) for part, met in zip(shares, keys, strict=True)))
     # A layer's weights are read if any row runs it, an expert's if any of these rows meets it.
     common, experts = shape.layer_weights - shape.expert_weights, shape.expert_weights / shape.expert_share
     read = sum(
         count * (common * (1 - (1 - runs) ** batch) + experts * (1 - (1 - runs * shape.expert_share) ** batch))
         for count, runs in ((plain, 1.0), (routed, share))
     )
-    entries = batch * context * (plain + routed * share * share)
+    entries = batch * sum(part * met for part, met in zip(shares, keys, strict=True))
     traffic = round(itemsize * (read + shape.head_weights + entries * shape.entry_width))
     router_bytes = 4 * routed * (shape.router_weights + 1)
     peak = device.flops if itemsize < 4 else device.flops32

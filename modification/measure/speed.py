@@ -241,15 +241,23 @@ def _traffic(
     """Mean bytes per decode step; prompts' decisions ran [M, T] a row, steps' decisions routed [S, M, B]."""
     first = model.family.decoder_layers(model)[0]
     layer_bytes = sum(weight.nbytes for name, weight in first.named_parameters() if not name.startswith("router."))
-    entries = np.tile(np.array([row.shape[1] for row in ran], np.int64), (shape.depth, 1))
-    mod = list(shape.mod_layers)
-    entries[mod] = np.stack([row.sum(1) for row in ran], axis=1)
-    total = 0
-    for step in routed:
-        entries += 1
-        entries[mod] += step.astype(np.int64) - 1
-        total += shape.decode_bytes(model.dtype.itemsize, entries, step, layer_bytes)
+    entries = np.stack([_met(shape, row, routed[:, :, at]) for at, row in enumerate(ran)], axis=-1)
+    steps = zip(entries, routed, strict=True)
+    total = sum(shape.decode_bytes(model.dtype.itemsize, met, step, layer_bytes) for met, step in steps)
     return total / len(routed)
+
+
+def _met(shape: ModelShape, ran: npt.NDArray[np.bool_], routed: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Entries that a row's tokens meet at each step if they run, their own included: decisions of the prompt [M, T] and
+    of the steps [S, M] -> [S, depth]."""
+    prompt, columns = ran.shape[1], ran.shape[1] + len(routed)
+    stored = np.ones((shape.depth, columns), np.int64)
+    stored[list(shape.mod_layers)] = np.concatenate([ran, routed.T], axis=1)
+    ever = np.concatenate([np.zeros((shape.depth, 1), np.int64), stored.cumsum(1)], axis=1)  # before each column
+    starts = [[max(0, column + 1 - (shape.window(layer) or columns)) for column in range(prompt, columns)]
+              for layer in range(shape.depth)]
+    met: npt.NDArray[np.int64] = (ever[:, prompt + 1 :] - np.take_along_axis(ever, np.array(starts), 1)).T
+    return met
 
 
 class _Clock(StoppingCriteria):

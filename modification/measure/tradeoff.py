@@ -45,8 +45,11 @@ def point(model: Any, blocks: npt.NDArray[np.int32], p: float) -> Point:
 def shares(model: Any, quality: Quality, width: int) -> tuple[float, float]:
     """KV stored and FLOPs of a prompt of ``width`` tokens, as shares of the dense parent's; counted."""
     shape = ModelShape.of(model)
-    dense_layers = shape.depth - len(shape.mod_layers)
-    kv = 1.0 if shape.keep else (dense_layers + sum(quality.layer_loads)) / shape.depth
+    held = {layer: shape.visible(layer, width) for layer in range(shape.depth)}
+    skipped = sum(
+        held[layer] * (1 - load) for layer, load in zip(shape.mod_layers, quality.layer_loads, strict=True)
+    )
+    kv = 1.0 if shape.keep else 1 - skipped / sum(held.values())
     ran = [round(load * width) for load in quality.layer_loads]
     return kv, shape.prefill_flops(width, ran) / shape.prefill_flops(width)
 
