@@ -305,6 +305,8 @@ class RaggedCache(Cache):
     Attributes:
         tokens: ids of the row that an executor has put in; empty when the cache was filled by the model's forward.
         owner: the model that made it.
+        sizes: bytes stored and allocated by one row, where they are known; whoever writes to it behind its back forgets
+            them.
     """
 
     def __init__(self, windows: Sequence[int | None], mod_layers: Iterable[int], entry_bytes: int) -> None:
@@ -314,7 +316,7 @@ class RaggedCache(Cache):
         self.mod_layers = tuple(sorted(routed))
         self.entry_bytes = entry_bytes
         self.windows = tuple(windows)
-        self._sizes: tuple[int, int] | None = None  # bytes stored and allocated by one row, where somebody keeps count
+        self.sizes: tuple[int, int] | None = None
         self._bounded = [window for window in windows if window is not None]
         self._full = len(windows) - len(self._bounded)
         self.tokens: list[int] = []
@@ -324,36 +326,36 @@ class RaggedCache(Cache):
         """Remove the last tokens; their number is given as a negative one. All layers, or none if one can't."""
         for layer in self.layers:
             layer.cropped(tokens_to_remove)
-        self._sizes = None
+        self.sizes = None
         super().crop(tokens_to_remove)
         self.tokens = self.tokens[: self.get_seq_length()]
 
     def reset(self) -> None:
         """Empty the cache and free its memory."""
         super().reset()
-        self.tokens, self._sizes = [], None
+        self.tokens, self.sizes = [], None
 
     def settle(self) -> None:
         """Forget what a step that failed half-way has written beyond ``tokens``."""
-        self._sizes = None
+        self.sizes = None
         for layer in self.layers:
             layer.settle(len(self.tokens))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._sizes = None
+        self.sizes = None
         super().reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._sizes = None
+        self.sizes = None
         super().batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._sizes = None
+        self.sizes = None
         super().batch_repeat_interleave(repeats)
 
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` new columns in the MoD layers, whether or not they were stored there."""
-        self._sizes = None
+        self.sizes = None
         for index in self.mod_layers:
             self.layers[index].advance(tokens)
 
@@ -361,7 +363,7 @@ class RaggedCache(Cache):
         """Count ``tokens`` new columns in every layer: for callers that wrote a row themselves.
 
         Args:
-            sizes: bytes stored and allocated now, from callers that know: ``nbytes`` need not count them.
+            sizes: bytes stored and allocated now, from callers that know them.
         """
         if self._bounded:
             for layer in self.layers:
@@ -370,7 +372,7 @@ class RaggedCache(Cache):
         else:
             for layer in self.layers:
                 layer.seen += tokens
-        self._sizes = sizes
+        self.sizes = sizes
 
     def lengths(self) -> dict[int, list[int]]:
         """Entries stored per MoD layer and row."""
@@ -378,11 +380,13 @@ class RaggedCache(Cache):
 
     def nbytes(self) -> KVBytes:
         """Bytes stored, allocated, and what the dense parent would store."""
-        seen, rows, known = self.layers[0].seen, 1, self._sizes
+        seen, rows, known = self.layers[0].seen, 1, self.sizes
         if known is None:
             sizes = [store.nbytes() for layer in self.layers for store in layer.stores()]
             known = sum(stored for stored, _ in sizes), sum(allocated for _, allocated in sizes)
             rows = max(1, *(layer.batch_rows() for layer in self.layers))
+            if rows == 1 and not self._bounded:
+                self.sizes = known
         stored, allocated = known
         # The stock cache of a sliding-window layer keeps the last window - 1 tokens.
         tokens = seen * self._full + sum(min(seen, window - 1) for window in self._bounded)

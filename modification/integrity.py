@@ -169,6 +169,9 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
         count = config.get(name)
         if count is not None and (type(count) is not int or count < 1):
             raise Damaged(f"{path} says {name} = {str(count)[:80]}: it must be 1 or more, a whole number")
+    window = config.get("sliding_window")
+    if window is not None and (type(window) is not int or window < 0):
+        raise Damaged(f"{path} says sliding_window = {str(window)[:80]}: it must be 0 or more, a whole number, or null")
     for name in _TOKENS:
         ids = config.get(name)
         if ids is not None and not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids])):

@@ -31,7 +31,7 @@ class Buffer(ctypes.Structure):
     Attributes:
         keys_at, values_at, columns_at: where the rooms lie (0: there are no columns); valid until the next growth.
         capacity: entries that there is room for.
-        kind: the entries' type.
+        kind: the entries' type, where kernels can write them.
     """
 
     _fields_ = (
@@ -51,7 +51,6 @@ class Buffer(ctypes.Structure):
         self.leading = 0
         self.entry_bytes = 0  # of the keys and values at one place, over all leading dimensions
         self.place_bytes = 0  # that a place takes, in use or not
-        self.dtype: torch.dtype | None = None
         self._keys: Room | None = None
         self._values: Room | None = None
 
@@ -91,10 +90,13 @@ class Buffer(ctypes.Structure):
         Raises:
             ValueError: keys of another type are stored: such an entry would be written amid others.
         """
-        if self.end == self.capacity:
+        if self.end >= self.capacity:
             self.reserve(1, self._shaped(like))
-        if self.dtype != like.dtype:
-            raise ValueError("the cache holds keys of another type than the model's: start from model.new_cache()")
+        if self._keys is None or (self._keys.dtype, self._keys.device.type) != (like.dtype, like.device.type):
+            raise ValueError(
+                "the cache holds keys of another type than the model's, or on another device: start from "
+                "model.new_cache()"
+            )
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add entries [..., H, n, D]."""
@@ -126,8 +128,10 @@ class Buffer(ctypes.Structure):
 
     def take_rows(self, rows: Tensor) -> None:
         """Replace the leading batch dimension by its ``rows``."""
-        if self._keys is not None:
-            self._set(*(part.index_select(0, rows.to(part.device)) for part in (self.keys, self.values)))
+        if self._keys is not None and self._values is not None:
+            self._keys = self._keys.take_rows(rows)
+            self._values = self._values.take_rows(rows)
+            self._measure()
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes stored and bytes allocated."""
@@ -167,8 +171,8 @@ class Buffer(ctypes.Structure):
         self.capacity, self.leading = self._keys.places, self._keys.lead[0]
         self.entry_bytes = (self._keys.nbytes + self._values.nbytes) // max(1, self.capacity)
         self.place_bytes = self.entry_bytes
-        self.keys_at, self.values_at, self.dtype = self._keys.at, self._values.at, self._keys.dtype
-        self.kind = KINDS.get(self._keys.dtype, _OTHER)
+        self.keys_at, self.values_at = self._keys.at, self._values.at
+        self.kind = KINDS.get(self._keys.dtype, _OTHER) if self._keys.device.type == "cpu" else _OTHER
 
     def _shaped(self, like: Tensor) -> Tensor:
         return like[None]
@@ -221,8 +225,12 @@ class Row(Buffer):
             while self._marks and self._marks[0][0] <= column:
                 below = self._marks.popleft()[1]
             self.drop(below - self._dropped)
-        elif self.length and int(self.columns[0]) < column:
+        elif self.length and self._first_column() < column:
             self.drop(int((self.columns < column).sum()))
+
+    def _first_column(self) -> int:
+        """The first entry's, read where it lies: it is looked at in every step, which has no time for torch."""
+        return ctypes.c_int32.from_address(self.columns_at + _COLUMN_BYTES * self.start).value
 
     def drop(self, count: int) -> None:
         self._dropped += count
@@ -244,7 +252,8 @@ class Row(Buffer):
             self._marks.pop()
 
     def _resize(self, capacity: int, like: Tensor | None = None) -> None:
-        fresh = Room((), capacity, (), torch.int32, self._columns.device if like is None else like.device)
+        device = like.device if self._keys is None and like is not None else self._columns.device
+        fresh = Room((), capacity, (), torch.int32, device)
         if self.length:
             fresh.take(self._columns, self.start, self.length)
         # Not before keys and values have moved: until then it is these that stand beside them.

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from modification import MoDConfig, RaggedCache, generate
 from modification.cache import GrowingLayer, RaggedLayer, margin
 from modification.executor import executor_of
-from modification.storage import Row
+from modification.storage import KINDS, Buffer, Row
 
 few_families = pytest.mark.parametrize("variant", FEW)
 every_kv = pytest.mark.parametrize("kv", ["evict", "keep"])
@@ -213,6 +213,38 @@ def test_a_copy_is_written_where_it_lies(again):
     expected = [executor.decode([token], [cache], [0.5]).logits for token in (3, 4, 5)]
     assert all(map(torch.equal, found, expected))
     assert other.lengths() == cache.lengths()
+
+
+def test_chosen_rows_keep_the_room_to_grow():
+    """Reordering a batch's rows, as beams do at every token, leaves no growth for the next one to make."""
+    buffer, entries = Buffer(), torch.randn(3, 2, 40, 4)
+    buffer.append(entries, -entries)
+    capacity = buffer.capacity
+    buffer.take_rows(torch.tensor([2, 2, 0]))
+    assert (buffer.capacity, buffer.length) == (capacity, 40)
+    assert torch.equal(buffer.keys, entries[[2, 2, 0]])
+    assert torch.equal(buffer.values, -entries[[2, 2, 0]])
+
+
+def test_a_row_on_a_device_moves_on_that_device():
+    """Whatever its next entries come from; kernels that write by address are told not to."""
+    row, entries = Row(), torch.empty(2, 20, 4, device="meta")
+    row.add(entries, entries, torch.empty(20, dtype=torch.int32, device="meta"))
+    with pytest.raises(ValueError, match="another device"):
+        row.make_place(torch.empty(2, 0, 4))
+    row.drop(15)
+    assert {part.device.type for part in (row.keys, row.values, row.columns)} == {"meta"}
+    assert row.kind not in KINDS.values()
+
+
+def test_entries_that_gradients_go_through_keep_them(gradients):
+    """A store that grows is no cut in the graph."""
+    row, columns = Row(), torch.arange(20, dtype=torch.int32)
+    first = torch.randn(2, 20, 4, requires_grad=True)
+    row.add(first, first, columns)
+    row.add(first.detach(), first.detach(), columns)
+    row.keys.sum().backward()
+    assert torch.equal(first.grad, torch.ones_like(first))
 
 
 # Misuse

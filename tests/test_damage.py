@@ -164,6 +164,7 @@ def test_a_config_that_asks_for_much_more_than_the_files_hold_is_refused(folder)
 @pytest.mark.parametrize(("said", "sentence"), [
     ({"configuration_files": ["config.1.0.json"]}, "names other configs to be read in its place"),
     ({"attn_implementation": "owner/kernel"}, "kernels are not fetched"),
+    ({"sliding_window": -1}, "sliding_window = -1"),
     ({"_attn_implementation": {"text_config": "owner/kernel"}}, "kernels are not fetched"),
     ({"experts_implementation": ["owner/kernel"]}, "kernels are not fetched"),
 ])

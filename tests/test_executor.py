@@ -105,6 +105,58 @@ def test_fast_equals_stock_in_bf16(variant, decoder):
     )
 
 
+def test_rows_that_grow_at_unlike_times_are_each_what_they_are_alone():
+    """Bit for bit, over enough steps for all to grow; bytes are those that a count finds."""
+    model, lengths = mod_model("llama"), (5, 37, 90)
+    executor, given = fast(model), tokens(1, 60)[0].tolist()
+    caches, alone = ([model.new_cache() for _ in lengths] for _ in range(2))
+    for row, length in enumerate(lengths):
+        for cache in (caches[row], alone[row]):
+            executor.prefill(tokens(1, length, seed=row)[0], cache, 0.5)
+    for token in given:
+        found = executor.decode([token] * 3, caches, [0.5] * 3)
+        for row, cache in enumerate(alone):
+            assert torch.equal(found.logits[row], executor.decode([token], [cache], [0.5]).logits[0])
+    for cache in caches:
+        kept, cache.sizes = cache.nbytes(), None
+        assert cache.nbytes() == kept
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen2-window"])
+def test_decoding_goes_on_after_a_step_back(variant):
+    """Tokens taken back are run again as if they had not been."""
+    model, ids = mod_model(variant), tokens(1, 60)[0]
+    executor, cache, other = fast(model), model.new_cache(), model.new_cache()
+    executor.prefill(ids[:20], cache, 0.5)
+    for token in ids[20:50].tolist():
+        executor.decode([token], [cache], [0.5])
+    cache.crop(-6)
+    executor.prefill(ids[:20], other, 0.5)
+    for token in ids[20:44].tolist():
+        executor.decode([token], [other], [0.5])
+    for token in ids[44:].tolist():
+        found, expected = (executor.decode([token], [one], [0.5]) for one in (cache, other))
+        assert torch.equal(found.logits, expected.logits)
+
+
+def test_rope_that_is_changed_is_noticed():
+    """Frequencies changed in place, as some do for longer contexts: the kernels take the new ones."""
+    model, ids = mod_model("llama"), tokens(1, 30)
+    before = executor_of(model)
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+    assert executor_of(model) is not before
+    same(run(executor_of(model), model, ids[0], 20, 0.0), run(Stock(model, "test"), model, ids[0], 20, 0.0))
+
+
+def test_two_rows_with_one_cache_are_refused():
+    """They would be written to the same place."""
+    model = mod_model("llama")
+    cache, executor = model.new_cache(), fast(model)
+    executor.prefill(tokens(1, 9)[0], cache, 0.0)
+    with pytest.raises(ValueError, match="each its own"):
+        executor.decode([1, 2], [cache, cache], [0.0, 0.0])
+
+
 def test_kernels_write_no_entry_amid_those_of_another_type():
     """A cache that was filled in float32 is refused in bfloat16, and left as it was."""
     model, ids = mod_model("llama"), tokens(1, 20)[0]

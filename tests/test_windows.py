@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.tape import Piece, Tape, summary, tape_of_trace
-from modification.executor import Stock
+from modification.executor import Stock, executor_of
 from modification.measure.cost import CostMeter, ModelShape, layer_flops, pairs
 from modification.measure.estimate import estimate, kv_bytes
 from modification.measure.speed import _met
@@ -91,6 +91,21 @@ def test_estimated_entries_are_those_that_caches_hold(variant, load):
     for token in ids[0, 4 * WINDOW :].tolist():
         executor.decode([token], [cache], [0.0])
     assert kv_bytes(shape, ids.shape[1], 1, load, 4) == pytest.approx(cache.nbytes().stored * 17 / 16, rel=0.02)
+
+
+def test_estimated_memory_has_room_for_the_chunk_in_hand():
+    """A prompt's entries are all held until it is through all layers, though the window is short."""
+    model, ids, high = mod_model("mistral-window"), tokens(1, 30 * WINDOW)[0], []
+    cache, shape = model.new_cache(), ModelShape.of(model)
+    advance = cache.advance_all
+    cache.advance_all = lambda *args: (high.append(cache.nbytes().allocated), cache.__dict__.update(sizes=None),
+                                       advance(*args))
+    executor_of(model).prefill(ids, cache, 0.0)
+    settled, most = (kv_bytes(shape, len(ids), 1, 1.0, 4, high_) for high_ in (False, True))
+    columns = 4 * len(ids) * len(model.mod_layers)
+    assert settled < high[0] == pytest.approx(most + columns * 17 / 16, rel=0.02)
+    found = estimate(model.config, context=len(ids), load=1.0, dtype=torch.float32).mod
+    assert found.kv + found.activations > most
 
 
 def test_a_window_bounds_what_a_long_context_costs():

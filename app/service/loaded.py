@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,8 +49,8 @@ class Loaded:
     def cache_bytes(self, tokens: int) -> int:
         """Most that keys and values of so many tokens take (estimated): at p = 0, with the buffers' spare room."""
         columns = 4 * tokens * len(self.shape.mod_layers)
-        full = dataclasses.replace(self.shape, windows=())  # until a chunk is through, all of it is held
-        return kv_bytes(full, tokens, 1, 1.0, self.model.dtype.itemsize) + columns + columns // SPARE
+        entries = kv_bytes(self.shape, tokens, 1, 1.0, self.model.dtype.itemsize, most=True)
+        return entries + columns + columns // SPARE
 
     def describe(self) -> str:
         """A line about the model."""

@@ -143,10 +143,13 @@ def _pieces(length: int) -> list[tuple[int, int]]:
 
 
 def _signature(model: Any) -> tuple[Any, ...]:
-    """Changes with the weights' places and types, the modules' classes and hooks, and the routers' content."""
+    """Changes with the weights' places and types, the modules' classes and hooks, RoPE, and the routers' content."""
     places = tuple((id(parameter), parameter.data_ptr(), parameter.dtype) for parameter in model.parameters())
     modules = tuple((type(module), _hooked(module)) for module in model.modules())
     routers = [parameter for name, parameter in model.named_parameters() if is_router(name)]
     here = [part.detach().float().flatten().cpu() for part in routers if not part.is_meta]  # the rest lies on a disk
     content = hash(torch.cat(here).numpy().tobytes()) if here else 0
-    return (*places, *modules, content, model.training, str(model.config.mod))
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    turns = [(id(part), part.data_ptr(), 0 if part.is_inference() else part._version) for part in model.buffers()]
+    scaling = getattr(rotary, "attention_scaling", None)
+    return (*places, *modules, *turns, content, scaling, model.training, str(model.config.mod))

@@ -630,3 +630,9 @@ extern "C" int32_t mod_step(const Shape* shape, const Step* step, int32_t thread
 } catch (const std::bad_alloc&) {
     return 1;
 }
+
+// Bytes of the records that native.py and storage.py mirror.
+extern "C" int32_t mod_size(int32_t which) {
+    const size_t sizes[] = {sizeof(Layer), sizeof(Shape), sizeof(Place), sizeof(Step)};
+    return (int32_t)sizes[which];
+}

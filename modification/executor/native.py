@@ -28,7 +28,7 @@ from modification.cache import RaggedCache
 from modification.config import Threshold, threshold_at
 from modification.executor.base import Pass
 from modification.executor.blocks import Block, stacked_routers
-from modification.storage import KINDS
+from modification.storage import KINDS, Buffer
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # Fast maths short of -ffast-math: that one would also change how the whole process treats denormals.
@@ -84,7 +84,7 @@ class NativeDecoder:
     def __init__(self, model: Any, blocks: Sequence[Block], library: ctypes.CDLL) -> None:
         self.library, config, base = library, model.config, model.model
         head, kv_heads, rotary = blocks[0].head, config.num_key_value_heads, base.rotary_emb
-        self.like = torch.empty(kv_heads, 0, head, dtype=model.dtype)
+        self.like = torch.empty(kv_heads, 0, head, dtype=model.dtype, device="cpu")
         layers, dial = [_layer(block) for block in blocks], model.mod_config.dial
         weights, biases = stacked_routers(blocks, config.hidden_size)
         turns = rotary.inv_freq.detach().float().contiguous()
@@ -105,11 +105,13 @@ class NativeDecoder:
 
         Raises:
             IndexError: a token that the vocabulary lacks.
-            ValueError: a cache holds entries of another type.
+            ValueError: a cache holds entries of another type, or is that of two rows.
         """
         if not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
             raise IndexError(f"tokens {list(tokens)}: the vocabulary has 0 to {self.vocabulary - 1}")
-        count, held = len(tokens), [cache.nbytes() for cache in caches]
+        count = len(tokens)
+        if count > 1 and len({id(cache) for cache in caches}) < count:
+            raise ValueError("two rows of a batch have the same cache: give each its own")
         stores = [layer.row() for cache in caches for layer in cache.layers]
         bounds = [threshold_at(one, at) for at in range(self.routers) for one in p]
         given = (
@@ -120,14 +122,14 @@ class NativeDecoder:
         runs, best, written = (ctypes.c_bool * len(bounds))(), (_Count * count)(), (_Count * count)()
         logprobs = (_Float * count)()
         step = _Step(count, *_addresses(*given, logits, gates, runs, best, written, logprobs))
-        grown = set[int]()
         while self.library.mod_step(ctypes.byref(self.shape), ctypes.byref(step), torch.get_num_threads()):
-            grown = {at * count // len(stores) for at, store in enumerate(stores) if store.end == store.capacity}
-            for store in stores:
+            for at, store in enumerate(stores):
+                if store.end >= store.capacity:
+                    caches[at * count // len(stores)].sizes = None
                 store.make_place(self.like)
-        for row, (cache, before) in enumerate(zip(caches, held, strict=True)):
-            stored = before.stored + written[row] * cache.entry_bytes
-            cache.advance_all(1, None if row in grown else (stored, before.allocated))
+        for cache, entries in zip(caches, written, strict=True):
+            known = cache.sizes
+            cache.advance_all(1, known and (known[0] + entries * cache.entry_bytes, known[1]))
         scores = np.frombuffer(memoryview(gates), np.float32).reshape(self.routers, count)
         routed = np.frombuffer(memoryview(runs), np.bool_).reshape(self.routers, count)
         return Pass(logits, scores, routed, list(zip(best, logprobs, strict=True)))
@@ -223,7 +225,10 @@ def _key(compiler: Sequence[str]) -> str:
 
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Declare the functions' arguments."""
+    """Declare the functions' arguments; the records that both sides know must be alike."""
+    sizes = [library.mod_size(at) for at in range(4)]
+    if sizes != [ctypes.sizeof(kind) for kind in (_Layer, _Shape, Buffer, _Step)]:
+        raise OSError(f"the kernels' records have {sizes} bytes, not those of this module")
     library.mod_step.argtypes = [_Pointer, _Pointer, ctypes.c_int32]
     library.mod_step.restype, library.mod_step.errcheck = ctypes.c_int32, _memory  # type: ignore[assignment]
     return library

@@ -103,11 +103,11 @@ class ModelShape:
                 None for the dense parent.
         """
         counts = [tokens] * self.depth
-        for layer, count in zip(self.mod_layers, ran or (), strict=False):
+        for layer, count in zip(self.mod_layers if ran is not None else (), ran or (), strict=True):
             counts[layer] = count
         routers = 0 if ran is None else 2 * tokens * self.router_weights * len(self.mod_layers)
         layers = sum(
-            layer_flops(self, n, pairs(n, round(self.visible(layer, tokens) * n / tokens)))
+            layer_flops(self, n, pairs(n, max(1, round(self.visible(layer, tokens) * n / tokens))))
             for layer, n in enumerate(counts)
         )
         return layers + 2 * self.head_weights + routers

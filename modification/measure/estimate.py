@@ -192,23 +192,26 @@ def report(found: Estimate, new_tokens: int) -> str:
     return "\n".join(lines)
 
 
-def kv_bytes(shape: ModelShape, context: int, batch: int, load: float | None, itemsize: int) -> int:
+def kv_bytes(
+    shape: ModelShape, context: int, batch: int, load: float | None, itemsize: int, most: bool = False
+) -> int:
     """Keys and values at the full context; for MoD (``load`` given) with the buffers' spare room.
 
-    Of a sliding window the stock cache keeps all but one, ours some more to step back to.
+    Of a sliding window the stock cache keeps all but one, ours some more to step back to, and (``most``) a chunk of a
+    prompt until it is through all layers.
     """
     entry, layers = shape.entry_width * itemsize, range(shape.depth)
     if load is None:
         return batch * entry * sum(min(context, (shape.window(layer) or context + 1) - 1) for layer in layers)
-    held = {layer: _held(shape, layer, context) for layer in layers}
+    held = {layer: _held(shape, layer, context, most) for layer in layers}
     entries = sum(round(load * held[layer]) if layer in shape.mod_layers else held[layer] for layer in layers)
     return round(batch * entries * entry * (1 + 1 / SPARE))
 
 
-def _held(shape: ModelShape, layer: int, context: int) -> int:
-    """Tokens whose entries a layer of ours holds at p = 0."""
+def _held(shape: ModelShape, layer: int, context: int, most: bool = False) -> int:
+    """Tokens whose entries a layer of ours holds at p = 0, afterwards or at ``most``."""
     window = shape.window(layer)
-    return context if window is None else min(context, window - 1 + margin(window))
+    return context if window is None else min(context, window - 1 + margin(window) + CHUNK * most)
 
 
 def activation_bytes(config: Any, shape: ModelShape, context: int, itemsize: int) -> int:
@@ -229,7 +232,8 @@ def activation_bytes(config: Any, shape: ModelShape, context: int, itemsize: int
 
 def growth_bytes(shape: ModelShape, context: int, itemsize: int) -> int:
     """Old and new buffer of one layer's keys (or values) while it grows."""
-    return max(_held(shape, layer, context) for layer in range(shape.depth)) * shape.entry_width * itemsize // 2
+    longest = max(_held(shape, layer, context, most=True) for layer in range(shape.depth))
+    return longest * shape.entry_width * itemsize // 2
 
 
 def _cost(
@@ -257,9 +261,10 @@ def _cost(
     peak = device.flops if itemsize < 4 else device.flops32
     prefill_times = prefill / peak, (itemsize * weights + router_bytes) / device.bandwidth
     decode_times = batch * step / peak, traffic / device.bandwidth
+    row, most = (kv_bytes(shape, context, 1, load, itemsize, high) for high in (False, True))
     return Cost(
         itemsize * weights + router_bytes, kv_bytes(shape, context, batch, load, itemsize),
-        activation_bytes(config, shape, context, itemsize) + growth_bytes(shape, context, itemsize),
+        activation_bytes(config, shape, context, itemsize) + growth_bytes(shape, context, itemsize) + most - row,
         prefill, batch * step, traffic, max(prefill_times), max(decode_times),
         (_bound(prefill_times), _bound(decode_times)),
     )
