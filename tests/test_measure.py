@@ -16,7 +16,7 @@ from builders import DEPTH, VOCABULARY, dense_model, mod_model, save_folder, tok
 from torch.utils.flop_counter import FlopCounterMode
 
 from modification import MoDConfig, convert, generate, room
-from modification.cli import main
+from modification.cli import main, measuring
 from modification.executor import Stock, base, executor_of
 from modification.measure import bench as bench_module
 from modification.measure.bench import bench, dense_twin, random_pair, table
@@ -391,6 +391,52 @@ def test_bench_on_the_command_line(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "plots").glob("*.html")} == {
         f"{name}-batch-{batch}.html" for name in ("speed", "efficiency") for batch in (1, 2)
     }
+
+
+def test_overheads_are_told_in_percent(tmp_path, capsys):
+    """From the medians, beside the sides they come from."""
+    folder = save_folder(mod_model("llama"), tmp_path / "mod")
+    argv = ["bench", folder, "--contexts", "8", "--load", "1", "--new-tokens", "2", "--no-stock", "--overheads"]
+    assert main([str(part) for part in argv]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("context 8")]
+    assert len(told) == 2
+    assert all("% of decoding" in line for line in told)
+
+
+def test_a_dense_side_of_another_size_is_refused(tmp_path, capsys):
+    """It would be compared with what it is no parent of."""
+    folder = save_folder(mod_model("llama"), tmp_path / "mod")
+    other = save_folder(dense_model("llama", hidden_size=64), tmp_path / "other")
+    assert main(["bench", str(folder), "--dense", str(other), "--contexts", "8", "--new-tokens", "2"]) == 2
+    assert "hidden_size 64, the MoD model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "named"), [
+    (["bench", "--random", "llama-10m", "--load", "2"], "loads [2.0]"),
+    (["bench", "--random", "llama-10m", "--rounds", "0"], "rounds [0]"),
+    (["bench", "--random", "llama-10m", "--device", "cpu:x"], "--device cpu:x"),
+    (["estimate", "llama-2-7b", "--new-tokens", "-1"], "--new-tokens -1"),
+])
+def test_odd_numbers_are_told_before_a_model_is_made(argv, named, capsys, monkeypatch):
+    """With the value."""
+    monkeypatch.setattr(measuring, "random_pair", lambda *_: pytest.fail("a model was made"))
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert named in err
+    assert not out
+
+
+def test_an_estimate_says_what_it_is_of_and_what_does_not_fit(tmp_path, capsys):
+    """The setting, a context beyond the model's, memory beyond the device's; nothing is divided by zero."""
+    assert main(["estimate", "llama-2-70b", "--batch", "512", "--context", "131072", "--device", "rtx4090"]) == 0
+    out = capsys.readouterr().out
+    assert "512 x 131,072 tokens, load 0.5 in 78 of 80 layers, bf16, rtx4090" in out
+    assert "more than the model's context of 4,096" in out
+    assert out.count("do not fit into the device's 24 GB") == 2
+    assert main(["estimate", "llama-2-7b", "--load", "0", "--layers", ",".join(map(str, range(32)))]) == 0
+    assert "do not fit" not in capsys.readouterr().out
+    assert main(["estimate", str(tmp_path)]) == 2
+    assert "the folder has no config.json" in capsys.readouterr().err
 
 
 def test_bench_needs_a_model_or_a_shape(tmp_path, capsys):

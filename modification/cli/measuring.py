@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from modification.architectures import PREFIX
 from modification.cli.shared import layers_of, numbers
 from modification.executor import executor_of
 from modification.loading import as_mod, load_dense_or_mod
-from modification.measure.bench import bench, dense_twin, growth, machine, random_pair, table
-from modification.measure.estimate import config_of, devices, estimate, own_layers, report
+from modification.measure.bench import bench, check_asked, dense_twin, growth, machine, overheads, random_pair, table
+from modification.measure.estimate import config_of, devices, estimate, notes, own_layers, report
 from modification.measure.plots import plot
 from modification.model import MoDModel
 
@@ -63,19 +64,22 @@ def _bench(arguments: argparse.Namespace) -> None:
     for path in (arguments.json and arguments.json.parent, arguments.plots):
         if path:  # told now, not after the measuring
             path.mkdir(parents=True, exist_ok=True)
+    asked = {
+        "contexts": numbers("--contexts", arguments.contexts, int), "batches": numbers("--batch", arguments.batch, int),
+        "loads": numbers("--load", arguments.load, float), "new_tokens": arguments.new_tokens,
+        "rounds": arguments.rounds,
+    }
+    check_asked(**asked)  # before a model is made
     parent, model = _pair(arguments)
     note = executor_of(model).note
     rough = ", too few to rely on: take five" if arguments.rounds < _ROUNDS else ""
     print(f"{machine(model.device)}; {model.dtype}; {note}; medians of {arguments.rounds} rounds{rough}", flush=True)
     results = bench(
-        model, parent, contexts=numbers("--contexts", arguments.contexts, int),
-        batches=numbers("--batch", arguments.batch, int), loads=numbers("--load", arguments.load, float),
-        new_tokens=arguments.new_tokens, rounds=arguments.rounds, stock=not arguments.no_stock,
-        compiled=arguments.compiled, overheads=arguments.overheads, ragged=arguments.ragged,
+        model, parent, **asked, stock=not arguments.no_stock, compiled=arguments.compiled,
+        overheads=arguments.overheads, ragged=arguments.ragged,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    print(table(results))
-    print(*growth(results), sep="\n")
+    print("\n".join([table(results), *overheads(results), *growth(results)]))
     line = json.dumps({
         "command": "bench", "model": arguments.model or arguments.random, "machine": machine(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "quantization": arguments.quantization, "executor": note,
@@ -106,8 +110,21 @@ def _pair(arguments: argparse.Namespace) -> tuple[Any, Any]:
         parent = load_dense_or_mod(arguments.dense, **options)[0]
         if isinstance(parent, MoDModel):
             raise ValueError(f"--dense {arguments.dense} is a MoD model: give a dense one")
+        _check_parent(arguments.dense, parent, model)
         return parent, model
     return dense_twin(model), model
+
+
+def _check_parent(name: str, parent: Any, model: Any) -> None:
+    """A dense side of another size or type would be compared with what it is no parent of."""
+    for size in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        theirs, ours = (getattr(one.config, size, None) for one in (parent, model))
+        if size == "model_type":
+            ours = str(ours).removeprefix(PREFIX)
+        if theirs != ours:
+            raise ValueError(f"--dense {name} has {size} {theirs}, the MoD model {ours}: give its parent")
+    if parent.dtype != model.dtype:
+        raise ValueError(f"--dense {name} is {parent.dtype}, the MoD model {model.dtype}: give --dtype")
 
 
 def _device(name: str | None) -> str:
@@ -116,10 +133,18 @@ def _device(name: str | None) -> str:
         raise ValueError(f"--device {chosen}: expected cpu or cuda")
     if chosen.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {chosen}: torch finds no CUDA device here")
+    try:
+        index = torch.device(chosen).index or 0
+    except RuntimeError:
+        raise ValueError(f"--device {chosen}: expected cpu, cuda or cuda and a number, as in cuda:1") from None
+    if chosen.startswith("cuda") and index >= torch.cuda.device_count():
+        raise ValueError(f"--device {chosen}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return chosen
 
 
 def _estimate(arguments: argparse.Namespace) -> None:
+    if arguments.new_tokens < 0:
+        raise ValueError(f"--new-tokens {arguments.new_tokens}: must be 0 or more")
     config = config_of(arguments.model)
     layers = layers_of(arguments.layers) if arguments.layers else own_layers(config)
     found = estimate(
@@ -129,4 +154,11 @@ def _estimate(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(found), "speed_up": found.speed_up(arguments.new_tokens)}))
     else:
+        print(
+            f"{arguments.model}: {arguments.batch} x {arguments.context:,} tokens, load {arguments.load:g} in "
+            f"{len(found.mod_layers)} of {config.num_hidden_layers} layers, {arguments.dtype}, {arguments.device}"
+        )
         print(report(found, arguments.new_tokens))
+        context = getattr(config, "max_position_embeddings", None)
+        for note in notes(found, arguments.context, context, devices()[arguments.device].memory):
+            print(note)

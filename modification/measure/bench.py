@@ -120,7 +120,8 @@ def bench(
     Raises:
         ValueError: a value out of bounds, before anything runs.
     """
-    _check(model, contexts, batches, loads, new_tokens, rounds)
+    check_asked(contexts, batches, loads, new_tokens, rounds)
+    _check(model, contexts, new_tokens)
     found: list[Result] = []
     for context in contexts:
         for batch in batches:
@@ -222,6 +223,21 @@ def _faster(part: str, routed: list[Timing], rivals: list[list[Timing]]) -> floa
     return float(np.median(ratios))
 
 
+def overheads(results: Sequence[Result]) -> list[str]:
+    """What routers and bookkeeping, and of that trace and stream, cost at p = 0, from the medians of all rounds."""
+    lines, sides = [], {PLAIN: "routers and all bookkeeping", BARE: "trace and stream"}
+    by = {(result.context, result.batch, result.side): result for result in results}
+    for (context, batch, side), bare in by.items():
+        whole = by.get((context, batch, DENSE))
+        if side in sides and whole is not None:
+            decode, prefill = bare.decode_tps / whole.decode_tps - 1, whole.prefill_s / bare.prefill_s - 1
+            lines.append(
+                f"context {context:,}, batch {batch}: {sides[side]} cost {decode:+.1%} of decoding, {prefill:+.1%} of "
+                "prefill (measured, p = 0)"
+            )
+    return lines
+
+
 def growth(results: Sequence[Result]) -> list[str]:
     """How decoding slows down with context: seconds per token of context, routed over dense, against the load."""
     lines = []
@@ -275,17 +291,25 @@ def _pair(values: Sequence[float | None] | None, digits: int = 2) -> str:
     return "-" if values is None or values[0] is None else " / ".join(_number(value, digits) for value in values)
 
 
-def _check(
-    model: Any, contexts: Sequence[int], batches: Sequence[int], loads: Sequence[float], new_tokens: int, rounds: int
+def check_asked(
+    contexts: Sequence[int], batches: Sequence[int], loads: Sequence[float], new_tokens: int, rounds: int
 ) -> None:
-    if model.mod_config.kv != "evict":
-        raise ValueError(f"bench counts what eviction saves; this model has kv={model.mod_config.kv!r}")
+    """What can be told without a model.
+
+    Raises:
+        ValueError: a number out of bounds.
+    """
     counts = {"contexts": contexts, "batch": batches, "new tokens": [new_tokens], "rounds": [rounds]}
     for name, values in counts.items():
         if not values or min(values) < 1:
             raise ValueError(f"{name} {list(values)}: give whole numbers of 1 or more")
     if not loads or not all(0 <= load <= 1 for load in loads):
         raise ValueError(f"loads {list(loads)}: give numbers from 0 to 1")
+
+
+def _check(model: Any, contexts: Sequence[int], new_tokens: int) -> None:
+    if model.mod_config.kv != "evict":
+        raise ValueError(f"bench counts what eviction saves; this model has kv={model.mod_config.kv!r}")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and max(contexts) + new_tokens > limit:
         raise ValueError(

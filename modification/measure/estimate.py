@@ -130,8 +130,10 @@ def own_layers(config: Any) -> Any:
 
 def _read(source: str) -> Any:
     path = Path(source).expanduser()
-    path = path / "config.json" if path.is_dir() else path
+    path = path / "config.json" if (folder := path.is_dir()) else path
     try:
+        if folder and not path.is_file():
+            raise ValueError("the folder has no config.json")
         if not path.is_file():
             path = Path(hf_hub_download(source, "config.json"))
         check_config(path, read_config(path))
@@ -186,10 +188,21 @@ def report(found: Estimate, new_tokens: int) -> str:
     lines = ["| estimated | dense | MoD | dense / MoD |", "|---|---|---|---|"]
     for label, name, unit in rows:
         dense, mod = (getattr(side, name) / unit for side in (found.dense, found.mod))
-        lines.append(f"| {label} | {dense:.4g} | {mod:.4g} | {dense / mod:.2f} |")
+        lines.append(f"| {label} | {dense:.4g} | {mod:.4g} | {f'{dense / mod:.2f}' if mod else '-'} |")
     lines.append(f"| bound by (prefill, decode) | {', '.join(found.dense.bound)} | {', '.join(found.mod.bound)} | |")
     lines.append(f"| prompt and {new_tokens} new tokens | | | {found.speed_up(new_tokens):.2f} |")
     return "\n".join(lines)
+
+
+def notes(found: Estimate, tokens: int, context: int | None, memory: float) -> list[str]:
+    """What the table doesn't say: ``tokens`` a row beyond the model's context, memory beyond the device's."""
+    said = [] if context is None or tokens <= context else [
+        f"{tokens:,} tokens a row are more than the model's context of {context:,}."
+    ]
+    return said + [
+        f"{name}: {side.memory / 1e9:.4g} GB do not fit into the device's {memory / 1e9:.4g} GB."
+        for name, side in (("dense", found.dense), ("MoD", found.mod)) if side.memory > memory
+    ]
 
 
 def kv_bytes(
