@@ -393,6 +393,14 @@ def test_bench_on_the_command_line(tmp_path, capsys):
     }
 
 
+def test_a_mod_model_s_shape_is_benched_with_random_weights(tmp_path, capsys):
+    """With its own MoD layers."""
+    folder = save_folder(mod_model("llama", MoDConfig(layers=[1])), tmp_path / "mod")
+    argv = ["bench", "--random", str(folder), "--contexts", "8", "--load", "0.5", "--new-tokens", "2", "--rounds", "1"]
+    assert main(argv) == 0
+    assert '"side": "load 0.5"' in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_overheads_are_told_in_percent(tmp_path, capsys):
     """From the medians, beside the sides they come from."""
     folder = save_folder(mod_model("llama"), tmp_path / "mod")

@@ -16,7 +16,7 @@ from modification.cli.shared import layers_of, numbers
 from modification.executor import executor_of
 from modification.loading import as_mod, load_dense_or_mod
 from modification.measure.bench import bench, check_asked, dense_twin, growth, machine, overheads, random_pair, table
-from modification.measure.estimate import config_of, devices, estimate, notes, own_layers, report
+from modification.measure.estimate import config_of, dense_config, devices, estimate, notes, own_layers, report
 from modification.measure.plots import plot
 from modification.model import MoDModel
 
@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     time.add_argument("--load", default="1,0.5,0.25", help="loads of the MoD layers (default: %(default)s)")
     time.add_argument("--new-tokens", type=int, default=64, help="decode steps a round (default: %(default)s)")
     time.add_argument("--rounds", type=int, default=_ROUNDS, help="rounds after one to warm up (default: %(default)s)")
-    time.add_argument("--layers", default="inner", help="MoD layers of a --random or dense model (default: inner)")
+    time.add_argument("--layers", help="MoD layers of a --random or dense model (default: its own, or inner)")
     time.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: as in the files; --random: fp32)")
     time.add_argument("--quantization", choices=["4bit", "8bit"], help="bitsandbytes weights; routers stay as they are")
     time.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -102,10 +102,12 @@ def _pair(arguments: argparse.Namespace) -> tuple[Any, Any]:
     if arguments.random is not None:
         if arguments.dense or arguments.quantization:
             raise ValueError("bench: --dense and --quantization need a model, not --random")
-        pair = random_pair(config_of(arguments.random), dtype or torch.float32, layers_of(arguments.layers))
+        config = config_of(arguments.random)
+        layers = layers_of(arguments.layers) if arguments.layers else own_layers(config)
+        pair = random_pair(dense_config(config), dtype or torch.float32, layers)
         return pair[0].to(device), pair[1].to(device)
     options = {"dtype": dtype, "quantization": arguments.quantization, "device_map": {"": device}}
-    model: Any = as_mod(load_dense_or_mod(arguments.model, **options)[0], layers_of(arguments.layers))
+    model: Any = as_mod(load_dense_or_mod(arguments.model, **options)[0], layers_of(arguments.layers or "inner"))
     if arguments.dense:
         parent = load_dense_or_mod(arguments.dense, **options)[0]
         if isinstance(parent, MoDModel):

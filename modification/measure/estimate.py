@@ -123,6 +123,15 @@ def config_of(source: str) -> Any:
     return config
 
 
+def dense_config(config: Any) -> Any:
+    """The dense parent's config, of a MoD model's; a dense model's own."""
+    if not getattr(config, "mod", None):
+        return config
+    # Converted in memory, its type may still be the parent's.
+    fields = {name: value for name, value in config.to_dict().items() if name not in ("mod", "model_type")}
+    return AutoConfig.for_model(config.model_type.removeprefix(PREFIX), **fields)
+
+
 def own_layers(config: Any) -> Any:
     """The MoD layers that a converted model's config names; the inner ones of a dense model."""
     return MoDConfig.from_dict(config.mod).layers if getattr(config, "mod", None) else "inner"
@@ -289,10 +298,7 @@ def _bound(times: tuple[float, float]) -> str:
 
 def _on_paper(config: Any) -> nn.Module:
     """The dense model on the meta device: shapes without memory."""
-    if getattr(config, "mod", None):  # converted in memory, its type may still be the parent's
-        fields = {name: value for name, value in config.to_dict().items() if name not in ("mod", "model_type")}
-        config = AutoConfig.for_model(config.model_type.removeprefix(PREFIX), **fields)
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(dense_config(config))
     config.dtype = None  # or torch's default would be another meanwhile, for all threads
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
