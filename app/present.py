@@ -182,4 +182,4 @@ def _cell(value: float | None, digits: int = 2) -> str:
 
 def _both(label: str, found: Any, name: str, unit: float) -> list[str]:
     dense, mod = (getattr(side, name) / unit for side in (found.dense, found.mod))
-    return [label, f"{dense:.4g}", f"{mod:.4g}", f"{dense / mod:.2f}"]
+    return [label, f"{dense:.4g}", f"{mod:.4g}", _cell(found.times(name))]

@@ -79,16 +79,15 @@ class Stream:
 
     def accept(self, done: Pass, row: int, p: Threshold, start: float) -> Step:
         """Take this row's share of a decode step."""
-        self.last, self.whole, scores, routed = (done, row), True, done.scores, done.routed
-        if scores.shape[1] > 1:
-            scores, routed = scores[:, row : row + 1], routed[:, row : row + 1]
-        return self._step(np.array((self.choice.token,)), scores, routed, p, start)
+        self.last, one, self.whole = (done, row), slice(row, row + 1), True
+        return self._step(np.array([self.choice.token]), done.scores[:, one], done.routed[:, one], p, start)
 
     def _step(
         self, tokens: Any, scores: Any, routed: Any, p: Threshold, start: float, prefill: bool = False
     ) -> Step:
         size, choice = self.cache.nbytes(), self.choice
         mean, layer_p = (sum(p) / len(p), p) if isinstance(p, tuple) else (p, ())
+        # np.full is Python's, and takes its time where caches are cold.
         return Step(
             tokens, np.array((choice.logprob,) * len(tokens), np.float32), scores, routed, mean, size.stored,
             size.allocated, size.dense, time.perf_counter() - start, prefill, layer_p, choice.likely,

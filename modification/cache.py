@@ -369,7 +369,7 @@ class RaggedCache(Cache):
             for layer in self.layers:
                 layer.advance(tokens)
             sizes = None  # windows may just have dropped something
-        else:
+        else:  # nothing but the count moves, and a call for each layer is felt between two tokens
             for layer in self.layers:
                 layer.seen += tokens
         self.sizes = sizes

@@ -1,7 +1,7 @@
 """Memory for entries of keys, values or columns, and copies of them: what a growing buffer moves into and out of.
 
-On a CPU it is mapped and copied by address, and a tensor over it is made when somebody asks: a decode step that finds a
-buffer full has some 50 µs for each of torch's operations to pay, all of them with cold caches.
+On a CPU it is copied by address, and a tensor over it is made when somebody asks: a decode step that finds a buffer
+full would pay some 50 µs for each of torch's operations, all of them with cold caches.
 """
 
 from __future__ import annotations

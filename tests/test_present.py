@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.figures import load_per_layer
-from app.present import snippet, waiting_sentence
+from app.present import estimate_rows, snippet, waiting_sentence
 from app.service.requests import Request
 from app.tape import FIGURES, Piece, Tape, Window, bits, ending, records, summary, tape_of_trace
 from modification.measure.cost import CostMeter, ModelShape
+from modification.measure.estimate import estimate
+from modification.measure.presets import preset
 from modification.trace import RoutingTrace, Step
 
 SHAPE = ModelShape(4, (1, 2), layer_weights=1000, head_weights=500, attention_width=8, router_weights=10)
@@ -133,6 +135,14 @@ def test_counted_flops_fall_as_load_falls():
         meter.add(step([[ran], [ran]]))
         saved.append(meter.saved)
     assert saved[0] < saved[1]
+
+
+def test_an_estimate_that_keeps_nothing_is_shown():
+    """All layers routed and no token run: no keys and values to divide by."""
+    config = preset("llama-10m")
+    found = estimate(config, context=64, load=0.0, layers=tuple(range(config.num_hidden_layers)))
+    cells = {row[0]: row for row in estimate_rows(found)}
+    assert cells["keys and values, GB"][2:] == ["0", ""]
 
 
 def test_all_run_costs_the_dense_parent_plus_its_routers():

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from modification.architectures import PREFIX
-from modification.cli.shared import layers_of, numbers
+from modification.cli.shared import check_vocabulary, layers_of, numbers
 from modification.executor import executor_of
 from modification.loading import as_mod, load_dense_or_mod
 from modification.measure.bench import bench, check_asked, dense_twin, growth, machine, overheads, random_pair, table
@@ -103,8 +102,7 @@ def _pair(arguments: argparse.Namespace) -> tuple[Any, Any]:
         if arguments.dense or arguments.quantization:
             raise ValueError("bench: --dense and --quantization need a model, not --random")
         config = config_of(arguments.random)
-        layers = layers_of(arguments.layers) if arguments.layers else own_layers(config)
-        pair = random_pair(dense_config(config), dtype or torch.float32, layers)
+        pair = random_pair(dense_config(config), dtype or torch.float32, _layers(arguments, config))
         return pair[0].to(device), pair[1].to(device)
     options = {"dtype": dtype, "quantization": arguments.quantization, "device_map": {"": device}}
     model: Any = as_mod(load_dense_or_mod(arguments.model, **options)[0], layers_of(arguments.layers or "inner"))
@@ -117,12 +115,16 @@ def _pair(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return dense_twin(model), model
 
 
+def _layers(arguments: argparse.Namespace, config: Any) -> Any:
+    """The MoD layers asked for; else the config's own, or the inner ones."""
+    return layers_of(arguments.layers) if arguments.layers else own_layers(config)
+
+
 def _check_parent(name: str, parent: Any, model: Any) -> None:
     """A dense side of another size or type would be compared with what it is no parent of."""
-    for size in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        theirs, ours = (getattr(one.config, size, None) for one in (parent, model))
-        if size == "model_type":
-            ours = str(ours).removeprefix(PREFIX)
+    check_vocabulary("--dense", name, parent, model)
+    for size in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        theirs, ours = (getattr(one, size, None) for one in (parent.config, dense_config(model.config)))
         if theirs != ours:
             raise ValueError(f"--dense {name} has {size} {theirs}, the MoD model {ours}: give its parent")
     if parent.dtype != model.dtype:
@@ -148,10 +150,9 @@ def _estimate(arguments: argparse.Namespace) -> None:
     if arguments.new_tokens < 0:
         raise ValueError(f"--new-tokens {arguments.new_tokens}: must be 0 or more")
     config = config_of(arguments.model)
-    layers = layers_of(arguments.layers) if arguments.layers else own_layers(config)
     found = estimate(
         config, context=arguments.context, batch=arguments.batch, load=arguments.load,
-        dtype=_DTYPES[arguments.dtype], layers=layers, device=devices()[arguments.device],
+        dtype=_DTYPES[arguments.dtype], layers=_layers(arguments, config), device=devices()[arguments.device],
     )
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(found), "speed_up": found.speed_up(arguments.new_tokens)}))

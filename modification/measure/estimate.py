@@ -97,6 +97,11 @@ class Estimate:
     mod: Cost
     mod_layers: tuple[int, ...]
 
+    def times(self, name: str) -> float | None:
+        """How many times as much of a figure the dense side has; None where the MoD side has none."""
+        dense, mod = (getattr(side, name) for side in (self.dense, self.mod))
+        return dense / mod if mod else None
+
     def speed_up(self, new_tokens: int) -> float:
         """Of a whole request: the prompt, then ``new_tokens`` steps at the full context."""
         times = [side.prefill_seconds + new_tokens * side.decode_seconds for side in (self.dense, self.mod)]
@@ -197,7 +202,8 @@ def report(found: Estimate, new_tokens: int) -> str:
     lines = ["| estimated | dense | MoD | dense / MoD |", "|---|---|---|---|"]
     for label, name, unit in rows:
         dense, mod = (getattr(side, name) / unit for side in (found.dense, found.mod))
-        lines.append(f"| {label} | {dense:.4g} | {mod:.4g} | {f'{dense / mod:.2f}' if mod else '-'} |")
+        times = found.times(name)
+        lines.append(f"| {label} | {dense:.4g} | {mod:.4g} | {'-' if times is None else f'{times:.2f}'} |")
     lines.append(f"| bound by (prefill, decode) | {', '.join(found.dense.bound)} | {', '.join(found.mod.bound)} | |")
     lines.append(f"| prompt and {new_tokens} new tokens | | | {found.speed_up(new_tokens):.2f} |")
     return "\n".join(lines)
