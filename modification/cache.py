@@ -1,7 +1,8 @@
 """RaggedCache: keys and values of routed tokens only, with their own length per layer and row.
 
-Owns what is stored where; growth and bytes are in storage.py. An entry knows its column, the place of its
-token in the padded sequence; masks are built from columns, so entries need not be complete or in order.
+Owns what is stored where; growth and bytes are in storage.py, what attention is handed in slots.py. An entry
+knows its column, the place of its token in the padded sequence; masks are built from columns, so entries need
+not be complete or in order.
 Layers with a sliding window drop what has left it.
 """
 
@@ -15,9 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from modification.slots import Slots
 from modification.storage import Buffer, Row
-
-NOWHERE = 2**31 - 1  # the column of a padding entry: later than every query
 
 
 class KVBytes(NamedTuple):
@@ -260,40 +260,6 @@ class RaggedLayer(_Layer):
             row.drop_before(column)
 
 
-class Slots:
-    """What a MoD layer hands to its attention as the cache: stores new entries, returns all keys.
-
-    Attributes:
-        past: keys that were stored before, padding included; ``update`` returns them and the N new ones.
-    """
-
-    def __init__(self, rows: list[Row], columns: Tensor, stored: Tensor | None) -> None:
-        self._rows, self._columns, self._stored = rows, columns, stored
-        self._whole = len(rows) == 1 and stored is None
-        self.past = max(row.length for row in rows)
-
-    def key_columns(self) -> Tensor:
-        """Columns of the keys that ``update`` will return, [R, past + N]; ask before it."""
-        if not self.past:
-            return self._columns
-        return torch.cat([_stack_columns(self._rows, self.past, self._columns), self._columns], dim=1)
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store [R, H, N, D] and return the keys and values to attend over, [R, H, K, D]."""
-        if self._whole:
-            row = self._rows[0]
-            row.add(keys[0], values[0], self._columns[0])
-            return row.keys[None], row.values[None]
-        all_keys, all_values = keys, values
-        if self.past:
-            all_keys = _stack([row.keys if row.length else None for row in self._rows], self.past, keys)
-            all_values = _stack([row.values if row.length else None for row in self._rows], self.past, values)
-        for at, row in enumerate(self._rows):
-            where = slice(None) if self._stored is None else self._stored[at]
-            row.add(keys[at][:, where], values[at][:, where], self._columns[at][where])
-        return all_keys, all_values
-
-
 class RaggedCache(Cache):
     """A cache for one MoD model: ragged MoD layers, growing dense layers.
 
@@ -396,23 +362,3 @@ class RaggedCache(Cache):
 def margin(window: int) -> int:
     """Entries kept beyond a sliding window."""
     return 16 + window // 16
-
-
-def _stack(parts: list[Tensor | None], past: int, new: Tensor) -> Tensor:
-    """Rows' entries [H, n, D], filled up with zeros to ``past``, then new ones [R, H, N, D]: [R, H, past + N, D]."""
-    rows, heads, count, width = new.shape
-    out = new.new_empty((rows, heads, past + count, width))
-    out[:, :, past:] = new
-    for at, part in enumerate(parts):
-        held = 0 if part is None else part.shape[1]
-        if part is not None:
-            out[at, :, :held] = part
-        out[at, :, held:past] = 0
-    return out
-
-
-def _stack_columns(rows: list[Row], length: int, like: Tensor) -> Tensor:
-    out = like.new_full((len(rows), length), NOWHERE)
-    for at, row in enumerate(rows):
-        out[at, : row.length] = row.columns.to(like.device)
-    return out

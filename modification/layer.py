@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from modification.architectures import Family
-from modification.cache import NOWHERE, RaggedLayer, Slots
+from modification.cache import RaggedLayer
 from modification.routing import Router, RoutingCall, Selection, select, straight_through
+from modification.slots import NOWHERE, Slots
 
 Arguments = dict[str, Any]
 CALL = "mod_call"  # keyword under which a RoutingCall travels through the stock model

@@ -14,9 +14,9 @@ APP = REPO / "app"
 
 # A module may import those before it, and its own package.
 ORDER = (
-    "config", "trace", "errors", "threads", "architectures", "routing", "room", "storage", "cache", "layer", "model",
-    "executor", "fetching", "hub", "integrity", "chat", "loading", "sampling", "batching", "generate", "measure",
-    "conversion", "cli",
+    "config", "trace", "errors", "threads", "architectures", "routing", "room", "storage", "slots", "cache", "layer",
+    "model", "executor", "fetching", "hub", "integrity", "chat", "loading", "sampling", "batching", "generate",
+    "measure", "conversion", "cli",
 )
 ENTRANCES = ("__init__", "__main__")
 TORCH_FREE = ("config", "trace")

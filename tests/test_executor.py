@@ -464,6 +464,17 @@ def test_a_layer_that_does_more_goes_the_stock_way():
     assert "logits differ" in executor.note
 
 
+def test_a_router_that_decides_another_way_goes_the_stock_way():
+    """They are compared where layers are skipped too: with every gate open this one differs in nothing."""
+    model = mod_model("llama")
+    router = routers(model)[0]
+    parent = type(router)
+    router.__class__ = type(parent.__name__, (parent,), {"forward": lambda self, x: parent.forward(self, x) + 100})
+    executor = executor_of(model)
+    assert executor.name == "stock"
+    assert "logits differ" in executor.note
+
+
 def test_an_executor_is_kept_until_weights_move():
     """The same one at every call, another after a cast, none in a copy. Weights changed in place are seen."""
     model, ids = mod_model("llama"), tokens(1, 12)[0]

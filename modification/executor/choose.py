@@ -117,23 +117,34 @@ def _hooked(module: Any) -> bool:
 
 
 def disagreement(model: Any, fast: Executor) -> float:
-    """Largest difference between the two paths' logits at p = 0, over the largest logit: prefill and decode."""
+    """Largest difference between the two paths' logits, over the largest logit: prefill and decode, with every MoD
+    layer run and with every other one skipped. (Thresholds amid the scores would let rounding decide.)"""
+    every_other = tuple(float(at % 2 == 0) for at in range(len(model.mod_layers)))
+    return max((_difference(model, fast, p) for p in (0.0, every_other)), key=_nan_first)
+
+
+def _difference(model: Any, fast: Executor, p: float | tuple[float, ...]) -> float:
     length = min(PROBE, getattr(model.config, "max_position_embeddings", None) or PROBE)
     ids = torch.arange(length, device=model.device) % model.config.vocab_size
     differences = []
     with torch.inference_mode():
-        logits = model(input_ids=ids[None], p=0.0, use_cache=False).logits[0].float()
+        whole = p if isinstance(p, float) else [p]
+        logits = model(input_ids=ids[None], p=whole, use_cache=False).logits[0].float()
         scale = max(logits.abs().max().item(), 1e-6)
         cache = model.new_cache()
         for first, end in _pieces(length):
             if end - first > 1:
-                found = fast.prefill(ids[first:end], cache, 0.0)
+                found = fast.prefill(ids[first:end], cache, p)
             else:
-                found = fast.decode([int(ids[first])], [cache], [0.0])
+                found = fast.decode([int(ids[first])], [cache], [p])
             differences.append((found.logits[0].float() - logits[end - 1]).abs().max().item() / scale)
         cache.reset()
-    worst: float = max(differences, key=lambda value: math.inf if math.isnan(value) else value)
+    worst: float = max(differences, key=_nan_first)
     return worst
+
+
+def _nan_first(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def _pieces(length: int) -> list[tuple[int, int]]:

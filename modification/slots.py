@@ -1,0 +1,144 @@
+"""What a MoD layer hands to its stock attention in a cache's place: stores new entries, gives all of them to attend to.
+
+Boundary: knows rows and the order of their entries, not whose they are. Rows of unlike lengths stay where they
+lie; only attention that insists on one tensor gets them copied into one, filled up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modification.storage import Row
+
+NOWHERE = 2**31 - 1  # the column of a padding entry: later than every query
+
+
+class Slots:
+    """What a MoD layer hands to its attention as the cache: stores new entries, returns all keys.
+
+    Attributes:
+        past: keys that were stored before, padding included; ``update`` returns them and the N new ones.
+    """
+
+    def __init__(self, rows: list[Row], columns: Tensor, stored: Tensor | None) -> None:
+        self._rows, self._columns, self._stored = rows, columns, stored
+        self._whole = len(rows) == 1 and stored is None
+        self.past = max(row.length for row in rows)
+
+    def key_columns(self) -> Tensor:
+        """Columns of the keys that ``update`` will return, [R, past + N]; ask before it."""
+        if not self.past:
+            return self._columns
+        return torch.cat([_stack_columns(self._rows, self.past, self._columns), self._columns], dim=1)
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Store [R, H, N, D] and return all keys and values, [R, H, K, D] each: a tensor or :class:`Entries`."""
+        if self._whole:
+            row = self._rows[0]
+            row.add(keys[0], values[0], self._columns[0])
+            return row.keys[None], row.values[None]
+        apart = self.past > 0 and self._stored is None and not keys.requires_grad
+        found = (keys, values) if apart or not self.past else self._padded(keys, values)
+        for at, row in enumerate(self._rows):
+            where = slice(None) if self._stored is None else self._stored[at]
+            row.add(keys[at][:, where], values[at][:, where], self._columns[at][where])
+        if not apart:
+            return found
+        return (Entries([row.keys for row in self._rows], self.past, keys),
+                Entries([row.values for row in self._rows], self.past, values))
+
+    def _padded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What is stored and what is new as one tensor each; ask before storing."""
+        held = [row if row.length else None for row in self._rows]
+        return (_stack([None if row is None else row.keys for row in held], self.past, keys),
+                _stack([None if row is None else row.values for row in held], self.past, values))
+
+
+class Entries:
+    """Keys or values of R rows where they lie, which passes for a tensor [R, H, past + N, D].
+
+    ``scaled_dot_product_attention`` is run row by row over them, by PyTorch's ``__torch_function__``
+    (https://docs.pytorch.org/docs/stable/notes/extending.html); anything else gets one tensor, copied together.
+
+    Attributes:
+        parts: each row's stored entries, N new ones at the end, [H, n, D].
+        past: longest row's entries before these N; shorter ones are filled up behind what they had.
+        fresh: the new entries, [R, H, N, D].
+    """
+
+    def __init__(self, parts: list[Tensor], past: int, fresh: Tensor) -> None:
+        self.parts, self.past, self.fresh = parts, past, fresh
+        self.dtype, self.device = fresh.dtype, fresh.device
+        rows, heads, new, width = fresh.shape
+        self.shape = torch.Size((rows, heads, past + new, width))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.padded(), name)
+
+    def __getitem__(self, where: Any) -> Tensor:
+        return self.padded()[where]
+
+    def padded(self) -> Tensor:
+        """A copy of all, [R, H, past + N, D], zeros where a row has less."""
+        new = self.fresh.shape[2]
+        return _stack([part[:, : part.shape[1] - new] for part in self.parts], self.past, self.fresh)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if function is F.scaled_dot_product_attention and (found := _row_by_row(*args, **named)) is not None:
+            return found
+        return function(*map(_tensor, args), **{name: _tensor(part) for name, part in named.items()})
+
+
+def _row_by_row(
+    query: Tensor, key: Any, value: Any, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **options: Any
+) -> Tensor | None:
+    """Attention [R, H, N, D] of each row over its own entries; None where one row's can't be told from another's."""
+    if attn_mask is None or not (isinstance(key, Entries) and isinstance(value, Entries)):
+        return None
+    out = []
+    for at, (keys, values) in enumerate(zip(key.parts, value.parts, strict=True)):
+        seen = _own(attn_mask[at : at + 1], keys.shape[1], key.past, key.fresh.shape[2])
+        out.append(F.scaled_dot_product_attention(
+            query[at : at + 1], keys[None], values[None], seen, dropout_p=dropout_p, **options
+        ))
+    return torch.cat(out)
+
+
+def _tensor(value: Any) -> Any:
+    return value.padded() if isinstance(value, Entries) else value
+
+
+def _own(mask: Tensor, length: int, past: int, new: int) -> Tensor:
+    """A mask [..., past + N] over the entries of a row that has ``length``: its own past ones and the new ones."""
+    if length == past + new:
+        return mask
+    return torch.cat([mask[..., : length - new], mask[..., past:]], dim=-1)
+
+
+def _stack(parts: list[Tensor | None], past: int, new: Tensor) -> Tensor:
+    """Rows' entries [H, n, D], filled up with zeros to ``past``, then new ones [R, H, N, D]: [R, H, past + N, D]."""
+    rows, heads, count, width = new.shape
+    out = new.new_empty((rows, heads, past + count, width))
+    out[:, :, past:] = new
+    for at, part in enumerate(parts):
+        held = 0 if part is None else part.shape[1]
+        if part is not None:
+            out[at, :, :held] = part
+        out[at, :, held:past] = 0
+    return out
+
+
+def _stack_columns(rows: list[Row], length: int, like: Tensor) -> Tensor:
+    out = like.new_full((len(rows), length), NOWHERE)
+    for at, row in enumerate(rows):
+        out[at, : row.length] = row.columns.to(like.device)
+    return out

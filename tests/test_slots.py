@@ -1,0 +1,73 @@
+"""Keys and values of several rows: attended to where they lie, and the padded tensor where something asks for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import assert_close, mod_model, padded, safe_threshold, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.integrations import sdpa_attention
+
+from modification import slots
+from modification.slots import Entries
+
+
+def entries(lengths, new, seed=0):
+    """Entries of rows with ``lengths`` past tokens and ``new`` ones, a mask that hides the filling, and both whole."""
+    rows, heads, width, past = len(lengths), 2, 8, max(lengths)
+    dice = torch.Generator().manual_seed(seed)
+    whole = torch.randn(rows, heads, past + new, width, generator=dice)
+    mask = torch.zeros(rows, 1, new, past + new, dtype=torch.bool)
+    for at, length in enumerate(lengths):
+        whole[at, :, length:past] = 0
+        mask[at, ..., :length] = torch.rand(new, length, generator=dice) < 0.7
+        mask[at, ..., past:] = torch.ones(new, new).tril().bool()
+    parts = [torch.cat([whole[at, :, :length], whole[at, :, past:]], 1) for at, length in enumerate(lengths)]
+    return Entries(parts, past, whole[:, :, past:]), mask, whole
+
+
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=4), st.integers(1, 3), st.sampled_from([1, 2]))
+@settings(max_examples=40)
+def test_attention_row_by_row_is_that_over_the_padded_tensor(lengths, new, groups):
+    """Whatever a mask hides besides, and with several queries for each head of keys."""
+    lengths = [*lengths, 5]  # one has a past
+    keys, mask, all_keys = entries(lengths, new)
+    values, _, all_values = entries(lengths, new, seed=1)
+    queries = torch.randn(len(lengths), 2 * groups, new, 8, generator=torch.Generator().manual_seed(2))
+    options = {"attn_mask": mask, "scale": 0.3, "enable_gqa": groups > 1}
+    found = F.scaled_dot_product_attention(queries, keys, values, **options)
+    assert_close(found, F.scaled_dot_product_attention(queries, all_keys, all_values, **options))
+
+
+def test_anything_else_gets_one_tensor():
+    """What eager attention does with keys, and what a library may ask of them."""
+    keys, _, whole = entries([2, 5, 0], 1)
+    queries = torch.randn(3, 2, 1, 8)
+    assert torch.equal(torch.matmul(queries, keys.transpose(2, 3)), queries @ whole.transpose(2, 3))
+    assert torch.equal(queries @ keys.mT, queries @ whole.mT)
+    assert torch.equal(keys[:, :, None], whole[:, :, None])
+    assert torch.equal(torch.cat([keys.padded()]), whole)
+    assert (keys.shape, keys.dtype, keys.device, keys.ndim) == (whole.shape, whole.dtype, whole.device, 4)
+
+
+# Keys that heads share are copied by older releases of transformers.
+GROUPED = ["llama", "mistral-window", "qwen3"] if hasattr(sdpa_attention, "pack_gqa") else []
+
+
+@pytest.mark.parametrize("variant", [*GROUPED, "opt", "gpt2", "gpt_neox"])
+def test_decoding_a_batch_copies_no_row(variant, monkeypatch):
+    """Rows with unlike pasts, by the stock call; each is what it is alone."""
+    model, rows = mod_model(variant), [tokens(1, length)[0] for length in (9, 14, 6)]
+    p = [safe_threshold(model, row[None], near) for row, near in zip(rows, (0.5, 0.3, 0.7), strict=True)]
+    batch = padded([row[:-2] for row in rows], "left")
+    cache, mask = model.new_cache(), batch["attention_mask"]
+    model(**batch, past_key_values=cache, p=torch.tensor(p))
+    monkeypatch.setattr(slots, "_stack", None)
+    for at in (-2, -1):
+        mask = F.pad(mask, (0, 1), value=1)
+        last = {"input_ids": torch.stack([row[at] for row in rows])[:, None], "attention_mask": mask}
+        out = model(**last, position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache, p=torch.tensor(p))
+    for at, row in enumerate(rows):
+        assert_close(out.logits[at, -1], model(row[None], p=p[at]).logits[0, -1])
