@@ -48,7 +48,11 @@ class Bench:
         self.layers = layers_of(arguments.layers)
         parent, self.tokenizer = self.parent()
         self.indices = MoDConfig(layers=self.layers).layer_indices(parent.config.num_hidden_layers)
-        reading = Reading((str(arguments.text),), split=arguments.split, held_out=arguments.held_out)
+        apart = arguments.held_out_split  # the same text's rows of another split
+        reading = Reading(
+            (str(arguments.text),), split=arguments.split, held_out=arguments.held_out,
+            held_out_source=str(arguments.text) if apart else None, held_out_split=apart,
+        )
         self.text: Text = read_text(reading, self.tokenizer, parent, arguments.tokens, arguments.block)
 
     def parent(self) -> tuple[Any, Any]:
@@ -278,6 +282,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", default="inner")
     parser.add_argument("--split")
+    parser.add_argument("--held-out-split", help="hold out rows of this split in the place of some of the others")
     parser.add_argument("--tokens", type=int, default=1_500_000)
     parser.add_argument("--held-out", type=int, default=96)
     parser.add_argument("--block", type=int, default=256)
