@@ -29,6 +29,7 @@ from modification.trace import RoutingTrace, Step
 FIGURES = ("load", "total", "speed", "stored", "allocated", "dense", "saved", "tokens", "seconds")
 _HEX = tuple(f"{level:03x}" for level in range(4096))
 RECENT = 32  # tokens over which load and speed are averaged
+_PER_LAYER = ("layer_weights", "expert_weights", "windows")  # of a ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +179,21 @@ def _shape_of(trace: RoutingTrace) -> ModelShape:
     """The model's sizes that the trace notes; without them every layer counts alike."""
     given = trace.info.get("shape") or {
         "layer_weights": 1, "head_weights": 0, "attention_width": 0, "router_weights": 0}
-    names = {field.name for field in dataclasses.fields(ModelShape)} - {"mod_layers", "windows"}
-    sizes = {name: int(value) for name, value in given.items() if name in names}
+    names = {field.name for field in dataclasses.fields(ModelShape)} - {"mod_layers", *_PER_LAYER}
+    sizes: dict[str, Any] = {name: float(value) if name == "expert_share" else int(value)
+                             for name, value in given.items() if name in names}
     windows = tuple(None if window is None else int(window) for window in given.get("windows", ()))
-    if windows and (len(windows) != trace.depth or any(window is not None and window < 1 for window in windows)):
-        raise ValueError(f"{len(windows)} sliding windows for {trace.depth} layers, or one below 1 token")
-    return ModelShape(**{**sizes, "depth": trace.depth, "mod_layers": trace.mod_layers, "windows": windows})
+    if any(window is not None and window < 1 for window in windows):
+        raise ValueError("a sliding window below 1 token")
+    weights = given["layer_weights"]  # one number in older traces
+    each = {
+        "layer_weights": tuple(map(int, weights)) if isinstance(weights, list) else (int(weights),) * trace.depth,
+        "expert_weights": tuple(map(int, given.get("expert_weights") or ())), "windows": windows,
+    }
+    for name, values in each.items():
+        if len(values) not in ((trace.depth,) if name == "layer_weights" else (0, trace.depth)):
+            raise ValueError(f"{name} of {len(values)} layers, where the trace has {trace.depth}")
+    return ModelShape(**{**sizes, **each, "depth": trace.depth, "mod_layers": trace.mod_layers})
 
 
 def records(tape: str) -> Iterator[Any]:

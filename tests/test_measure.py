@@ -20,11 +20,12 @@ from modification.cli import main, measuring
 from modification.executor import Stock, base, executor_of
 from modification.measure import bench as bench_module
 from modification.measure.bench import bench, dense_twin, random_pair, table
-from modification.measure.cost import ModelShape
+from modification.measure.cost import CostMeter, ModelShape
 from modification.measure.estimate import config_of, devices, estimate, own_layers
 from modification.measure.memory import Peak, trim
 from modification.measure.presets import preset, presets
 from modification.measure.speed import Work, threshold_for, time_bare, time_engine, time_stock
+from modification.trace import Step
 
 CPU = torch.device("cpu")
 
@@ -64,6 +65,27 @@ def test_dense_flops_are_those_torch_counts():
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+def test_metered_decode_steps_are_those_torch_counts():
+    """Within 2%, over steps of which each runs some of the layers: what the meter adds is what was computed."""
+    model, ids = wide_model(), tokens(1, 120)[0]
+    cache, stock, meter = model.new_cache(), Stock(model, "test"), CostMeter(ModelShape.of(model))
+    done = stock.prefill(ids[:100], cache, 0.5)
+    meter.add(step_of(ids[:100], done))
+    before, routed = meter.routed, []
+    with FlopCounterMode(display=False) as counter:
+        for token in ids[100:]:
+            done = stock.decode([int(token)], [cache], [0.5])
+            meter.add(step_of(token[None], done))
+            routed.append(done.routed)
+    assert 0.2 < np.mean(routed) < 0.8
+    assert meter.routed - before == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def step_of(ids, done):
+    """An executor's pass over one row's tokens, as a stream tells it."""
+    return Step(ids.numpy(), np.zeros(len(ids), np.float32), done.scores, done.routed, 0.5, 0, 0, 0, 0.1)
+
+
 @pytest.mark.parametrize("load", [None, 1.0])
 def test_estimated_decode_steps_are_those_torch_counts(load):
     """Within 2%: FLOPs of one token after 199, and the bytes that a step of as many entries reads."""
@@ -82,12 +104,12 @@ def test_estimated_decode_steps_are_those_torch_counts(load):
 def test_decode_bytes_by_hand():
     """Two layers, one of them routed; two rows of which one runs there."""
     shape = ModelShape(
-        2, (1,), layer_weights=100, head_weights=50, attention_width=8, router_weights=10, entry_width=4
+        2, (1,), layer_weights=(100,) * 2, head_weights=50, attention_width=8, router_weights=10, entry_width=4
     )
     entries, ran = np.array([[5, 7], [2, 3]]), np.array([[True, False]])
     assert shape.decode_bytes(2, entries) == 2 * (2 * 100 + 50 + (5 + 7 + 2 + 3) * 4)
     assert shape.decode_bytes(2, entries, ran) == 2 * (2 * 100 + 50 + (5 + 7 + 2) * 4) + 4 * 10
-    assert shape.decode_bytes(2, entries, ~ran | ran, layer_bytes=30) == 2 * 30 + 2 * (50 + 17 * 4) + 4 * 10
+    assert shape.decode_bytes(2, entries, ~ran | ran, layer_bytes=[30, 30]) == 2 * 30 + 2 * (50 + 17 * 4) + 4 * 10
     none = shape.decode_bytes(2, entries, np.array([[False, False]]))
     assert none == 2 * (100 + 50 + (5 + 7) * 4) + 4 * 10
 
@@ -201,13 +223,10 @@ def test_estimates_of_unknown_and_expert_models_are_refused(tmp_path):
     """By name, with what there is."""
     with pytest.raises(ValueError, match=r"'llama-9'.*llama-2-7b"):
         config_of("llama-9")
-    for said, why in (
-        ({"num_experts_per_tok": 0}, "does not say how many a token meets"),
-        ({"mlp_only_layers": [0], "num_hidden_layers": 4, "model_type": "qwen3_moe"}, "of unlike sizes"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "num_local_experts": 8, **said}))
-        with pytest.raises(ValueError, match=why):
-            estimate(config_of(str(tmp_path)), context=10)
+    said = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 0}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="does not say how many a token meets"):
+        estimate(config_of(str(tmp_path)), context=10)
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe", "olmoe"])
@@ -226,6 +245,27 @@ def test_a_mixture_of_experts_is_estimated(variant):
     assert alone.mod.decode_bytes < alone.dense.decode_bytes
 
 
+def test_experts_in_some_layers_are_counted_there():
+    """Half of the layers have experts: prompts and estimates count each layer's own weights, as torch does."""
+    model = mod_model("qwen3_moe", decoder_sparse_step=2, num_hidden_layers=4)
+    shape, ids = ModelShape.of(model), tokens(1, 64)
+    plain, sparse = shape.layer_weights[:2]
+    assert shape.layer_weights == (plain, sparse, plain, sparse)
+    assert shape.expert_weights == (0, shape.expert_weights[1]) * 2
+    assert 0 < shape.expert_weights[1] < sparse
+    dense = dense_twin(model)
+    dense.set_attn_implementation("eager")
+    dense.set_experts_implementation("eager")  # plain products, which torch's counter sees
+    with FlopCounterMode(display=False) as counter:
+        dense(ids, logits_to_keep=1)
+    counted = shape.prefill_flops(64) + hidden_half(shape, [64] * 4)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+    found = estimate(model.config, context=64, load=0.5, layers=[1])
+    assert found.dense.weights == 2 * sum(p.numel() for p in dense.parameters())
+    saved = found.dense.decode_bytes - found.mod.decode_bytes
+    assert saved == pytest.approx(2 * 0.5 * sparse + 2 * 0.75 * 64 * shape.entry_width, rel=0.01)
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_converted_model_is_estimated_as_its_parent(saved, tmp_path):
     """From memory and from a folder: no router among the dense parent's weights."""
@@ -239,7 +279,7 @@ def test_a_converted_model_is_estimated_as_its_parent(saved, tmp_path):
 
 def alone_entry(model):
     """Numbers in a token's keys and values in a layer."""
-    return ModelShape.from_config(model.config, model.model.layers[0], ()).entry_width
+    return ModelShape.from_config(model.config, model.model.layers, ()).entry_width
 
 
 def test_work_is_the_same_for_every_side():

@@ -48,7 +48,7 @@ class LongRuns(Service):
 
     def run(self, session, p, request):
         noise = np.random.default_rng(0)
-        shape = ModelShape(LAYERS, tuple(range(1, LAYERS - 1)), 1000, 1000, 64, 10)
+        shape = ModelShape(LAYERS, tuple(range(1, LAYERS - 1)), (1000,) * LAYERS, 1000, 64, 10)
         tape = Tape(shape, "A long run of random scores", 1)
         for at in range(TOKENS):
             scores = noise.random((LAYERS - 2, 1), dtype=np.float32)

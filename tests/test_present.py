@@ -16,7 +16,7 @@ from modification.measure.estimate import estimate
 from modification.measure.presets import preset
 from modification.trace import RoutingTrace, Step
 
-SHAPE = ModelShape(4, (1, 2), layer_weights=1000, head_weights=500, attention_width=8, router_weights=10)
+SHAPE = ModelShape(4, (1, 2), layer_weights=(1000,) * 4, head_weights=500, attention_width=8, router_weights=10)
 
 
 def step(routed, prefill=False, p=0.5, seconds=0.1):

@@ -19,8 +19,8 @@ from modification.measure.speed import _met
 from modification.trace import RoutingTrace, Step
 
 SHAPE = ModelShape(
-    4, (1, 2), layer_weights=1000, head_weights=500, attention_width=8, router_weights=10, entry_width=4,
-    windows=(3, 5, None, None),
+    4, (1, 2), layer_weights=(1000, 1000, 700, 300), head_weights=500, attention_width=8, router_weights=10,
+    entry_width=4, windows=(3, 5, None, None),
 )
 runs = st.lists(st.lists(st.booleans(), min_size=2, max_size=2), min_size=1, max_size=30)
 
@@ -52,13 +52,13 @@ def test_a_meter_counts_what_tokens_meet(prompt, later, keep):
     for token in later:
         meter.add(step([token]))
     total = len(ran)
-    dense = sum(layer_flops(shape, total, pairs(total, window)) for window in shape.windows)
+    dense = sum(layer_flops(shape, at, total, pairs(total, window)) for at, window in enumerate(shape.windows))
     assert meter.dense == dense + (1 + len(later)) * 2 * shape.head_weights
-    routed = sum(layer_flops(shape, total, pairs(total, shape.window(layer))) for layer in (0, 3))
+    routed = sum(layer_flops(shape, layer, total, pairs(total, shape.window(layer))) for layer in (0, 3))
     for at, layer in enumerate(shape.mod_layers):
         stored = np.ones(total, bool) if keep else ran[:, at]
         met = sum(seen(stored, column, shape.window(layer)) for column in range(total) if ran[column, at])
-        routed += layer_flops(shape, int(ran[:, at].sum()), met)
+        routed += layer_flops(shape, layer, int(ran[:, at].sum()), met)
     assert meter.routed - (meter.dense - dense) - routed == 2 * total * 2 * 10
 
 

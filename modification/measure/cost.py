@@ -12,7 +12,7 @@ section 2).
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,28 +30,28 @@ class ModelShape:
     Attributes:
         depth: decoder layers.
         mod_layers: indices of the routed ones.
-        layer_weights: weights in one layer's matrices; of its experts, if it has any, those that one token meets.
+        layer_weights: weights in each layer's matrices; of its experts, if it has any, those that one token meets.
         head_weights: weights of the output head.
         attention_width: query heads times head width.
         router_weights: weights of one router.
         keep: whether skipped tokens' keys and values are kept (``kv="keep"``).
         kv_weights: weights of one layer's key and value projections.
         entry_width: numbers in one token's keys and values in one layer.
-        expert_weights: the experts' share of ``layer_weights``.
+        expert_weights: the experts' part of each layer's weights; empty if no layer has any.
         expert_share: of all experts, those that one token meets.
         windows: each layer's sliding window in tokens, None where attention is full; empty if it is everywhere.
     """
 
     depth: int
     mod_layers: tuple[int, ...]
-    layer_weights: int
+    layer_weights: tuple[int, ...]
     head_weights: int
     attention_width: int
     router_weights: int
     keep: bool = False
     kv_weights: int = 0
     entry_width: int = 0
-    expert_weights: int = 0
+    expert_weights: tuple[int, ...] = ()
     expert_share: float = 1.0
     windows: tuple[int | None, ...] = ()
 
@@ -59,31 +59,23 @@ class ModelShape:
     def of(cls, model: Any) -> ModelShape:
         """Read the shape off a MoD model."""
         layers = model.family.decoder_layers(model)
-        dense = next((layer for i, layer in enumerate(layers) if i not in model.mod_layers), layers[0])
-        return cls.from_config(model.config, dense, model.mod_layers, model.mod_config.kv == "keep")
+        return cls.from_config(model.config, layers, model.mod_layers, model.mod_config.kv == "keep")
 
     @classmethod
-    def from_config(cls, config: Any, layer: Any, mod_layers: Sequence[int], keep: bool = False) -> ModelShape:
-        """The shape of a model of that config with such layers; ``layer`` may be on the meta device."""
-        # Packed weights hide their sizes; an adapter's parts are not counted, what it adapts is.
-        linear = [
-            part for name, part in layer.named_modules()
-            if hasattr(part, "in_features") and not hasattr(part, "base_layer") and "lora_" not in name
-        ]
-        weights = sum(part.in_features * part.out_features for part in linear) or sum(
-            p.numel() for n, p in layer.named_parameters()
-            if p.dim() == 2 and not n.startswith("router.") and "lora_" not in n
-        )
-        experts, share = _experts(config, layer)
-        weights += experts
-        windows = windows_of(config)
-        entry = entry_width(config)
+    def from_config(
+        cls, config: Any, layers: Iterable[Any], mod_layers: Sequence[int], keep: bool = False
+    ) -> ModelShape:
+        """The shape of a model of that config with such layers; they may be on the meta device."""
+        sizes = [_sizes(layer, config) for layer in layers]
+        windows, entry = windows_of(config), entry_width(config)
         return cls(
-            depth=config.num_hidden_layers, mod_layers=tuple(mod_layers), layer_weights=weights,
+            depth=config.num_hidden_layers, mod_layers=tuple(mod_layers),
+            layer_weights=tuple(all_of for all_of, _, _ in sizes),
             head_weights=config.vocab_size * config.hidden_size,
             attention_width=config.num_attention_heads * head_width(config),
-            router_weights=config.hidden_size, keep=keep, kv_weights=config.hidden_size * entry,
-            entry_width=entry, expert_weights=experts, expert_share=share, windows=windows if any(windows) else (),
+            router_weights=config.hidden_size, keep=keep, kv_weights=config.hidden_size * entry, entry_width=entry,
+            expert_weights=tuple(part for _, part, _ in sizes) if any(part for _, part, _ in sizes) else (),
+            expert_share=min(share for _, _, share in sizes), windows=windows if any(windows) else (),
         )
 
     def window(self, layer: int) -> int | None:
@@ -107,14 +99,14 @@ class ModelShape:
             counts[layer] = count
         routers = 0 if ran is None else 2 * tokens * self.router_weights * len(self.mod_layers)
         layers = sum(
-            layer_flops(self, n, pairs(n, max(1, round(self.visible(layer, tokens) * n / tokens))))
+            layer_flops(self, layer, n, pairs(n, max(1, round(self.visible(layer, tokens) * n / tokens))))
             for layer, n in enumerate(counts)
         )
         return layers + 2 * self.head_weights + routers
 
     def decode_bytes(
         self, itemsize: int, entries: npt.NDArray[np.int64], ran: npt.NDArray[np.bool_] | None = None,
-        layer_bytes: int | None = None,
+        layer_bytes: Sequence[float] | None = None,
     ) -> int:
         """Bytes read to decode one token of each of B rows.
 
@@ -122,25 +114,36 @@ class ModelShape:
             itemsize: bytes of a weight, key or value.
             entries: entries that attention meets, the token's own included, [depth, B].
             ran: whether the row's token runs in each MoD layer, [M, B]; None for the dense parent.
-            layer_bytes: of one layer's weights, where they are quantised.
+            layer_bytes: of each layer's weights, where ``itemsize`` doesn't tell them.
         """
         runs = np.ones(entries.shape, bool)
         routers = 0
         if ran is not None:
             runs[list(self.mod_layers)] = ran
             routers = 4 * self.router_weights * len(self.mod_layers)  # float32
-        layers = int(runs.any(1).sum()) * (self.layer_weights * itemsize if layer_bytes is None else layer_bytes)
+        each: Sequence[float] = layer_bytes or [itemsize * weights for weights in self.layer_weights]
+        layers: int = round(sum(each[layer] for layer in np.flatnonzero(runs.any(1)).tolist()))
         return layers + itemsize * (self.head_weights + int((entries * runs).sum()) * self.entry_width) + routers
 
 
-def _experts(config: Any, layer: Any) -> tuple[int, float]:
-    """Weights of the experts that one token meets in a mixture-of-experts layer, and their share of all; they come
-    stacked, [E, ., .]."""
+def _sizes(layer: Any, config: Any) -> tuple[int, int, float]:
+    """Weights of a layer's matrices that one token meets, its experts' part of them, and the share of all experts that
+    this is; experts come stacked, [E, ., .]."""
+    # Packed weights hide their sizes; an adapter's parts are not counted, what it adapts is.
+    linear = [
+        part for name, part in layer.named_modules()
+        if hasattr(part, "in_features") and not hasattr(part, "base_layer") and "lora_" not in name
+    ]
+    weights = sum(part.in_features * part.out_features for part in linear) or sum(
+        p.numel() for n, p in layer.named_parameters()
+        if p.dim() == 2 and not n.startswith("router.") and "lora_" not in n
+    )
     stacked: list[Any] = [p for p in layer.parameters() if p.dim() == 3]
     if not stacked:
-        return 0, 1.0
-    each: int = sum(p.numel() // len(p) for p in stacked)
-    return each * int(config.num_experts_per_tok), config.num_experts_per_tok / len(stacked[0])
+        return weights, 0, 1.0
+    met = int(config.num_experts_per_tok)
+    experts = met * sum(p.numel() // len(p) for p in stacked)
+    return weights + experts, experts, met / len(stacked[0])
 
 
 @dataclass(slots=True)
@@ -158,22 +161,24 @@ class CostMeter:
     _seen: int = 0
     _stored: list[int] = field(init=False)  # entries of each MoD layer
     _columns: list[deque[int]] = field(init=False)  # theirs, where there is a window
-    _all: Counter[int | None] = field(init=False)  # layers by window
-    _plain: Counter[int | None] = field(init=False)  # those that are no MoD layers
+    _all: Counter[tuple[int, int | None]] = field(init=False)  # layers by weights and window
+    _plain: Counter[tuple[int, int | None]] = field(init=False)  # those that are no MoD layers
 
     def __post_init__(self) -> None:
         shape = self.shape
         self._stored, self._columns = [0] * len(shape.mod_layers), [deque() for _ in shape.mod_layers]
-        self._all = Counter(map(shape.window, range(shape.depth)))
-        self._plain = self._all - Counter(map(shape.window, shape.mod_layers))
+        kinds = [(shape.layer_weights[layer], shape.window(layer)) for layer in range(shape.depth)]
+        self._all = Counter(kinds)
+        self._plain = self._all - Counter(kinds[layer] for layer in shape.mod_layers)
 
     def add(self, step: Step) -> None:
         """Count one step: N tokens of which some ran in each MoD layer."""
         shape, new, end = self.shape, len(step.tokens), self._seen + len(step.tokens)
-        cost = {window: layer_flops(shape, new, pairs(end, window) - pairs(self._seen, window)) for window in self._all}
+        met = {window: pairs(end, window) - pairs(self._seen, window) for _, window in self._all}
+        cost = {kind: flops(kind[0], shape.attention_width, new, met[kind[1]]) for kind in self._all}
         head = 2 * shape.head_weights  # logits are computed for the last token alone
-        self.dense += sum(count * cost[window] for window, count in self._all.items()) + head
-        self.routed += sum(count * cost[window] for window, count in self._plain.items()) + head
+        self.dense += sum(count * cost[kind] for kind, count in self._all.items()) + head
+        self.routed += sum(count * cost[kind] for kind, count in self._plain.items()) + head
         for at, ran in enumerate(step.routed.tolist()):
             self._add_routed(at, ran)
         self._seen = end
@@ -185,7 +190,8 @@ class CostMeter:
 
     def _add_routed(self, at: int, ran: list[bool]) -> None:
         """The tokens of the ``at``-th MoD layer."""
-        met, window = 0, self.shape.window(self.shape.mod_layers[at])
+        layer, met = self.shape.mod_layers[at], 0
+        window = self.shape.window(layer)
         for column, runs in enumerate(ran, self._seen):
             if runs or self.shape.keep:
                 self._stored[at] += 1
@@ -194,7 +200,7 @@ class CostMeter:
             if runs:
                 met += self._stored[at]
         count = sum(ran)
-        self.routed += layer_flops(self.shape, count, met) + 2 * len(ran) * self.shape.router_weights
+        self.routed += layer_flops(self.shape, layer, count, met) + 2 * len(ran) * self.shape.router_weights
         if self.shape.keep:
             self.routed += 2 * (len(ran) - count) * self.shape.kv_weights
 
@@ -216,6 +222,11 @@ def pairs(tokens: int, window: int | None = None) -> int:
     return inside * (inside + 1) // 2 + (tokens - inside) * inside
 
 
-def layer_flops(shape: ModelShape, tokens: int, met: int) -> int:
-    """FLOPs of one layer for ``tokens`` queries that meet so many keys in all."""
-    return 2 * tokens * shape.layer_weights + 4 * met * shape.attention_width
+def layer_flops(shape: ModelShape, layer: int, tokens: int, met: int) -> int:
+    """FLOPs of a layer for ``tokens`` queries that meet so many keys in all."""
+    return flops(shape.layer_weights[layer], shape.attention_width, tokens, met)
+
+
+def flops(weights: int, attention_width: int, tokens: int, met: int) -> int:
+    """The same by a layer's sizes, see :class:`ModelShape`."""
+    return 2 * tokens * weights + 4 * met * attention_width

@@ -179,10 +179,7 @@ def estimate(
     mod_layers = MoDConfig(layers=layers).layer_indices(config.num_hidden_layers)
     parent = _on_paper(config)
     weights = sum(p.numel() for p in parent.parameters())
-    stack = _layers_of(parent, config)
-    if len({sum(p.numel() for p in layer.parameters()) for layer in stack}) > 1:
-        raise ValueError("its layers are of unlike sizes (experts in some of them, say): not estimated")
-    shape = ModelShape.from_config(config, stack[0], mod_layers)
+    shape = ModelShape.from_config(config, _layers_of(parent, config), mod_layers)
     machine = device or devices()["h200"]
     sides = [
         _cost(shape, weights, config, context, batch, share, dtype.itemsize, machine) for share in (None, load)
@@ -252,7 +249,8 @@ def activation_bytes(config: Any, shape: ModelShape, context: int, itemsize: int
     """
     inner: int = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     if shape.expert_weights:
-        inner = (getattr(config, "moe_intermediate_size", None) or inner) * config.num_experts_per_tok
+        met = (getattr(config, "moe_intermediate_size", None) or inner) * config.num_experts_per_tok
+        inner = met if all(shape.expert_weights) else max(met, inner)
     head = shape.attention_width // config.num_attention_heads
     wide = 3 * inner + 5 * config.hidden_size + 2 * shape.attention_width + shape.entry_width + 4 * head
     return int(min(context, CHUNK) * wide * itemsize + 4 * config.vocab_size)
@@ -269,19 +267,20 @@ def _cost(
     device: Device,
 ) -> Cost:
     routed = 0 if load is None else len(shape.mod_layers)
-    plain, share = shape.depth - routed, 1.0 if load is None else load
     ran = None if load is None else [round(load * context)] * routed
     prefill = batch * shape.prefill_flops(context, ran)
-    # A token runs with probability `share` and then meets that share of the context, or of its window.
-    shares = [share if load is not None and layer in shape.mod_layers else 1.0 for layer in range(shape.depth)]
+    # A token runs with probability `load` and then meets that share of the context, or of its window.
+    shares = [load if load is not None and layer in shape.mod_layers else 1.0 for layer in range(shape.depth)]
     keys = [part * shape.visible(layer, context) for layer, part in enumerate(shares)]
-    step = 2 * shape.head_weights
-    step += round(sum(part * layer_flops(shape, 1, round(met)) for part, met in zip(shares, keys, strict=True)))
+    per_token = sum(part * layer_flops(shape, layer, 1, round(keys[layer])) for layer, part in enumerate(shares))
+    step = 2 * shape.head_weights + round(per_token)
     # A layer's weights are read if any row runs it, an expert's if any of these rows meets it.
-    common, experts = shape.layer_weights - shape.expert_weights, shape.expert_weights / shape.expert_share
     read = sum(
-        count * (common * (1 - (1 - runs) ** batch) + experts * (1 - (1 - runs * shape.expert_share) ** batch))
-        for count, runs in ((plain, 1.0), (routed, share))
+        (weights - experts) * (1 - (1 - runs) ** batch)
+        + experts / shape.expert_share * (1 - (1 - runs * shape.expert_share) ** batch)
+        for weights, experts, runs in zip(
+            shape.layer_weights, shape.expert_weights or (0,) * shape.depth, shares, strict=True
+        )
     )
     entries = batch * sum(part * met for part, met in zip(shares, keys, strict=True))
     traffic = round(itemsize * (read + shape.head_weights + entries * shape.entry_width))
