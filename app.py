@@ -180,6 +180,8 @@ def _serve(service: Service, arguments: argparse.Namespace) -> None:
     traffic.drain(DRAIN)
     demo.close(verbose=False)
     print("Ended." if whole else "Ended; some answers were cut short.", flush=True)
+    if not whole:
+        os._exit(0)  # the interpreter's own end kills threads amid C++ code, and the process with them
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--only", help="names with commas between them")
+    parser.add_argument("--only", help="names with commas between them; 'static' for all droppings")
     parser.add_argument("--time-again", action="store_true", help="measure seconds per token anew for what is done")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -300,7 +300,8 @@ def main() -> None:
         if path.is_file() and arguments.time_again:
             done = json.loads(path.read_text())
             path.write_text(json.dumps({**done, "curve": timed_again(bench, name, done["curve"])}), encoding="utf-8")
-        if path.is_file() or (arguments.only and name not in arguments.only.split(",")):
+        called = "static" if name.startswith("static-") else name
+        if path.is_file() or (arguments.only and called not in arguments.only.split(",")):
             continue
         began = time.monotonic()
         rows = measure()

@@ -17,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modification import MoDConfig, convert
 
 TOKEN = "hf_" + "s3cret" * 6
+# Not the interpreter's own end: that kills threads amid C++ code, and the process with them.
+CLOSING = "\nsys.stdout.flush(); os._exit(0)"
 OPENING = """
 import sys, logging, urllib.request, os
 logging.basicConfig(level=logging.DEBUG)
@@ -60,7 +62,7 @@ def start(hub, tmp_path):
             "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1",
         }
         return subprocess.Popen(
-            [sys.executable, "-c", OPENING + textwrap.dedent(code), str(REPO)], env=environment, text=True,
+            [sys.executable, "-c", OPENING + textwrap.dedent(code) + CLOSING, str(REPO)], env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
 

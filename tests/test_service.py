@@ -13,6 +13,7 @@ from app.service import Limits, Request, Service
 from app.service.pieces import PieceReader
 from app.service.turnstile import FairLock, Turnstile
 from modification.batching import Batch
+from modification.executor import executor_of
 
 
 @pytest.fixture(scope="module")
@@ -79,21 +80,33 @@ def test_two_runs_at_once_give_what_each_gives_alone(folder):
     assert got == wanted
 
 
-def test_who_waits_is_told_and_gets_in_when_the_first_leaves(service):
+@pytest.fixture
+def held(service, monkeypatch):
+    """No token is decoded until this event is set."""
+    go, executor = threading.Event(), executor_of(service.open("tiny").model)
+    decode = executor.decode
+    monkeypatch.setattr(executor, "decode", lambda *arguments: go.wait(60) and decode(*arguments))
+    yield go
+    go.set()
+
+
+def test_who_waits_is_told_and_gets_in_when_the_first_leaves(service, held):
     first = service.run("a", 0.5, request())
     next(first)
     second = service.run("b", 0.5, request())
     assert next(second).waiting == 0
+    held.set()
     first.close()
     assert columns(tape_of(second))
 
 
-def test_a_full_queue_is_a_sentence(service):
+def test_a_full_queue_is_a_sentence(service, held):
     first, second = service.run("a", 0.5, request()), service.run("b", 0.5, request())
     next(first)
     next(second)
     with pytest.raises(UserError, match="queue is full"):
         next(service.run("c", 0.5, request()))
+    held.set()
     second.close()
     first.close()
 
