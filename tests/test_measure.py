@@ -14,6 +14,7 @@ import pytest
 import torch
 from builders import DEPTH, VOCABULARY, dense_model, mod_model, save_folder, tokens
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
 from modification import MoDConfig, convert, generate, room
 from modification.cli import main, measuring
@@ -243,6 +244,20 @@ def test_a_mixture_of_experts_is_estimated(variant):
     cache = 4 * 64 * DEPTH * alone_entry(model)
     assert many.dense.decode_bytes - 999 * cache - (alone.dense.decode_bytes - cache) == pytest.approx(idle, rel=0.01)
     assert alone.mod.decode_bytes < alone.dense.decode_bytes
+
+
+@pytest.mark.parametrize(("kind", "changes", "why"), [
+    ("mamba", {}, "mamba.*only full and sliding-window"),
+    ("t5", {}, "encoder-decoder"),
+    ("gemma3", {}, "wraps a language model"),
+    ("rwkv", {}, "take no cache"),
+    ("deepseek_v3", {"num_hidden_layers": 3}, "unlike widths"),
+    ("nemotron", {"num_hidden_layers": 3}, "no nemotron can be made of this config"),  # its own defaults
+])
+def test_what_can_not_be_routed_is_not_estimated(kind, changes, why):
+    """With the reason, whatever it lacks."""
+    with pytest.raises(ValueError, match=why):
+        estimate(AutoConfig.for_model(kind, **changes), context=10)
 
 
 def test_experts_in_some_layers_are_counted_there():

@@ -4,7 +4,7 @@ Adding a family is adding a row to ``table.FAMILIES``; nothing else in the proje
 """
 
 from modification.architectures.family import ConversionError, Family, Sublayers
-from modification.architectures.find import ATTENTION_KERNELS, family_of, structure_of, structured
+from modification.architectures.find import ATTENTION_KERNELS, family_of, refuse, structure_of, structured
 from modification.architectures.shapes import (
     PREFIX,
     entry_bytes,
@@ -27,6 +27,7 @@ __all__ = [
     "entry_width",
     "family_of",
     "head_width",
+    "refuse",
     "rotate",
     "structure_of",
     "structured",

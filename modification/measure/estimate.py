@@ -17,7 +17,7 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modification.architectures import PREFIX
+from modification.architectures import PREFIX, family_of, refuse
 from modification.cache import margin
 from modification.config import LayerRule, MoDConfig
 from modification.errors import first_line
@@ -168,18 +168,22 @@ def estimate(
         layers: which layers are MoD layers.
 
     Raises:
-        ValueError: a value out of bounds.
+        ValueError: a value out of bounds, or a kind of model that can't be routed.
     """
     if context < 1 or batch < 1:
         raise ValueError(f"context={context}, batch={batch}: both must be 1 or more")
     if not 0 <= load <= 1:
         raise ValueError(f"load={load}: must be a number from 0 to 1")
+    refuse(dense_config(config), "this model")
     if not 0 < config.num_hidden_layers <= MOST_LAYERS:
         raise ValueError(f"{config.num_hidden_layers} layers: models of 1 to {MOST_LAYERS:,} are estimated")
     mod_layers = MoDConfig(layers=layers).layer_indices(config.num_hidden_layers)
     parent = _on_paper(config)
     weights = sum(p.numel() for p in parent.parameters())
-    shape = ModelShape.from_config(config, _layers_of(parent, config), mod_layers)
+    layers_on_paper = family_of(parent).decoder_layers(parent)
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"{config.model_type} stores keys and values of unlike widths: not estimated")
+    shape = ModelShape.from_config(config, layers_on_paper, mod_layers)
     machine = device or devices()["h200"]
     sides = [
         _cost(shape, weights, config, context, batch, share, dtype.itemsize, machine) for share in (None, load)
@@ -305,14 +309,9 @@ def _on_paper(config: Any) -> nn.Module:
     """The dense model on the meta device: shapes without memory."""
     config = copy.deepcopy(dense_config(config))
     config.dtype = None  # or torch's default would be another meanwhile, for all threads
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a config that doesn't add up makes transformers raise
+        raise ValueError(f"no {config.model_type} can be made of this config: {first_line(error)}") from error
     return model
-
-
-def _layers_of(model: nn.Module, config: Any) -> nn.ModuleList:
-    """The decoder layers of any causal model: its list of that many modules."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
-            return module
-    raise ValueError(f"{type(model).__name__}: found no list of {config.num_hidden_layers} decoder layers")
