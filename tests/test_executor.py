@@ -475,6 +475,16 @@ def test_a_router_that_decides_another_way_goes_the_stock_way():
     assert "logits differ" in executor.note
 
 
+@pytest.mark.parametrize("bias", [14.0, 15.5, 16.0, 16.5, 17.0, 17.3])
+def test_gates_that_reach_one_stay_fast(bias):
+    """There rounding tells g >= 1, and may tell it otherwise from path to path."""
+    model = mod_model("llama")
+    for router in routers(model):
+        router.weight.mul_(10)
+        router.bias.fill_(bias)
+    assert executor_of(model).name == "fast"
+
+
 def test_an_executor_is_kept_until_weights_move():
     """The same one at every call, another after a cast, none in a copy. Weights changed in place are seen."""
     model, ids = mod_model("llama"), tokens(1, 12)[0]

@@ -7,6 +7,7 @@ import logging
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from modification.errors import first_line, out_of_memory
@@ -19,6 +20,7 @@ from modification.threads import heed_limits
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies don't depend on the length
 PROBE = 24  # tokens of the check: a prompt, more of it, then single tokens
+NEAR = 1e-3  # scores that rounding may bring to either side of p
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}  # of the largest logit
 
 
@@ -118,7 +120,7 @@ def _hooked(module: Any) -> bool:
 
 def disagreement(model: Any, fast: Executor) -> float:
     """Largest difference between the two paths' logits, over the largest logit: prefill and decode, with every MoD
-    layer run and with every other one skipped. (Thresholds amid the scores would let rounding decide.)"""
+    layer run and with every other one skipped, save by gates that have reached 1."""
     every_other = tuple(float(at % 2 == 0) for at in range(len(model.mod_layers)))
     return max((_difference(model, fast, p) for p in (0.0, every_other)), key=_nan_first)
 
@@ -129,17 +131,23 @@ def _difference(model: Any, fast: Executor, p: float | tuple[float, ...]) -> flo
     differences = []
     with torch.inference_mode():
         whole = p if isinstance(p, float) else [p]
-        logits = model(input_ids=ids[None], p=whole, use_cache=False).logits[0].float()
-        scale = max(logits.abs().max().item(), 1e-6)
+        out = model(input_ids=ids[None], p=whole, use_cache=False, output_router_scores=True)
+        logits, scale = out.logits[0].float(), max(out.logits.abs().max().item(), 1e-6)
+        scores, routed = (torch.cat(part).cpu().numpy() for part in (out.router_scores, out.routed))
         cache = model.new_cache()
         for first, end in _pieces(length):
             if end - first > 1:
                 found = fast.prefill(ids[first:end], cache, p)
             else:
                 found = fast.decode([int(ids[first])], [cache], [p])
+            flipped = found.routed != routed[:, first:end]
+            if flipped.any():
+                lowest = flipped.any(1).argmax()  # the layer: what differs above it follows from it
+                if np.abs(found.scores - scores[:, first:end])[lowest, flipped[lowest]].max() <= NEAR:
+                    break  # rounding decided, as it may
             differences.append((found.logits[0].float() - logits[end - 1]).abs().max().item() / scale)
         cache.reset()
-    worst: float = max(differences, key=_nan_first)
+    worst: float = max(differences, key=_nan_first, default=0.0)
     return worst
 
 
