@@ -42,21 +42,21 @@ class Slots:
             row = self._rows[0]
             row.add(keys[0], values[0], self._columns[0])
             return row.keys[None], row.values[None]
-        apart = self.past > 0 and self._stored is None and not keys.requires_grad
-        found = (keys, values) if apart or not self.past else self._padded(keys, values)
+        if self.past and self._stored is None and not keys.requires_grad:
+            self._store(keys, values)
+            return (Entries([row.keys for row in self._rows], self.past, keys),
+                    Entries([row.values for row in self._rows], self.past, values))
+        found = keys, values
+        if self.past:
+            found = (_stack([row.keys if row.length else None for row in self._rows], self.past, keys),
+                     _stack([row.values if row.length else None for row in self._rows], self.past, values))
+        self._store(keys, values)
+        return found
+
+    def _store(self, keys: Tensor, values: Tensor) -> None:
         for at, row in enumerate(self._rows):
             where = slice(None) if self._stored is None else self._stored[at]
             row.add(keys[at][:, where], values[at][:, where], self._columns[at][where])
-        if not apart:
-            return found
-        return (Entries([row.keys for row in self._rows], self.past, keys),
-                Entries([row.values for row in self._rows], self.past, values))
-
-    def _padded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What is stored and what is new as one tensor each; ask before storing."""
-        held = [row if row.length else None for row in self._rows]
-        return (_stack([None if row is None else row.keys for row in held], self.past, keys),
-                _stack([None if row is None else row.values for row in held], self.past, values))
 
 
 class Entries:

@@ -20,6 +20,7 @@ from modification import MoDConfig, convert, generate, room
 from modification.cli import main, measuring
 from modification.executor import Stock, base, executor_of
 from modification.measure import bench as bench_module
+from modification.measure import speed
 from modification.measure.bench import bench, dense_twin, random_pair, table
 from modification.measure.cost import CostMeter, ModelShape
 from modification.measure.estimate import config_of, devices, estimate, own_layers
@@ -110,7 +111,7 @@ def test_decode_bytes_by_hand():
     entries, ran = np.array([[5, 7], [2, 3]]), np.array([[True, False]])
     assert shape.decode_bytes(2, entries) == 2 * (2 * 100 + 50 + (5 + 7 + 2 + 3) * 4)
     assert shape.decode_bytes(2, entries, ran) == 2 * (2 * 100 + 50 + (5 + 7 + 2) * 4) + 4 * 10
-    assert shape.decode_bytes(2, entries, ~ran | ran, layer_bytes=[30, 30]) == 2 * 30 + 2 * (50 + 17 * 4) + 4 * 10
+    assert shape.decode_bytes(2, entries, ~ran | ran, layer_bytes=[(30, 0)] * 2) == 2 * 30 + 2 * (50 + 17 * 4) + 4 * 10
     none = shape.decode_bytes(2, entries, np.array([[False, False]]))
     assert none == 2 * (100 + 50 + (5 + 7) * 4) + 4 * 10
 
@@ -244,6 +245,18 @@ def test_a_mixture_of_experts_is_estimated(variant):
     cache = 4 * 64 * DEPTH * alone_entry(model)
     assert many.dense.decode_bytes - 999 * cache - (alone.dense.decode_bytes - cache) == pytest.approx(idle, rel=0.01)
     assert alone.mod.decode_bytes < alone.dense.decode_bytes
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_steps_of_a_mixture_read_what_estimates_say(batch):
+    """Every row meets experts of its own: bytes of a dense step, counted and on paper, alone and together."""
+    model = mod_model("mixtral")
+    shape, entries = ModelShape.of(model), np.full((DEPTH, batch), 64)
+    found = estimate(model.config, context=64, batch=batch, dtype=torch.float32).dense.decode_bytes
+    assert shape.decode_bytes(4, entries) == pytest.approx(found, rel=1e-3)
+    as_they_are = [speed._weight_bytes(layer) for layer in model.model.layers]
+    # Norms' weights are among those that lie there, and not among those counted.
+    assert shape.decode_bytes(4, entries, layer_bytes=as_they_are) == pytest.approx(found, rel=0.02)
 
 
 @pytest.mark.parametrize(("kind", "changes", "why"), [

@@ -8,10 +8,11 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from modification.errors import first_line, out_of_memory
-from modification.executor.base import Executor, Stock
+from modification.executor.base import Executor, Pass, Stock
 from modification.executor.blocks import blocks_of
 from modification.executor.fast import Fast
 from modification.executor.native import NativeDecoder, library, native_obstacle
@@ -140,15 +141,21 @@ def _difference(model: Any, fast: Executor, p: float | tuple[float, ...]) -> flo
                 found = fast.prefill(ids[first:end], cache, p)
             else:
                 found = fast.decode([int(ids[first])], [cache], [p])
-            flipped = found.routed != routed[:, first:end]
-            if flipped.any():
-                lowest = flipped.any(1).argmax()  # the layer: what differs above it follows from it
-                if np.abs(found.scores - scores[:, first:end])[lowest, flipped[lowest]].max() <= NEAR:
-                    break  # rounding decided, as it may
+            if _rounding_decided(found, scores[:, first:end], routed[:, first:end]):
+                break
             differences.append((found.logits[0].float() - logits[end - 1]).abs().max().item() / scale)
         cache.reset()
     worst: float = max(differences, key=_nan_first, default=0.0)
     return worst
+
+
+def _rounding_decided(found: Pass, scores: npt.NDArray[Any], routed: npt.NDArray[Any]) -> bool:
+    """Whether decisions differ from those expected, [M, n], by scores that are alike, which is no fault."""
+    flipped = found.routed != routed
+    if not flipped.any():
+        return False
+    lowest = flipped.any(1).argmax()  # the layer: what differs above it follows from it
+    return bool(np.abs(found.scores - scores)[lowest, flipped[lowest]].max() <= NEAR)
 
 
 def _nan_first(value: float) -> float:

@@ -78,6 +78,11 @@ class ModelShape:
             expert_share=min(share for _, _, share in sizes), windows=windows if any(windows) else (),
         )
 
+    @property
+    def each_experts(self) -> tuple[int, ...]:
+        """The experts' part of every layer's weights, 0 where there are none."""
+        return self.expert_weights or (0,) * self.depth
+
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer in tokens, None where attention is full."""
         return self.windows[layer] if self.windows else None
@@ -106,7 +111,7 @@ class ModelShape:
 
     def decode_bytes(
         self, itemsize: int, entries: npt.NDArray[np.int64], ran: npt.NDArray[np.bool_] | None = None,
-        layer_bytes: Sequence[float] | None = None,
+        layer_bytes: Sequence[tuple[float, float]] | None = None,
     ) -> int:
         """Bytes read to decode one token of each of B rows.
 
@@ -114,15 +119,24 @@ class ModelShape:
             itemsize: bytes of a weight, key or value.
             entries: entries that attention meets, the token's own included, [depth, B].
             ran: whether the row's token runs in each MoD layer, [M, B]; None for the dense parent.
-            layer_bytes: of each layer's weights, where ``itemsize`` doesn't tell them.
+            layer_bytes: of each layer's weights but its experts, and of all its experts, where ``itemsize`` doesn't
+                tell them.
         """
         runs = np.ones(entries.shape, bool)
         routers = 0
         if ran is not None:
             runs[list(self.mod_layers)] = ran
             routers = 4 * self.router_weights * len(self.mod_layers)  # float32
-        each: Sequence[float] = layer_bytes or [itemsize * weights for weights in self.layer_weights]
-        layers: int = round(sum(each[layer] for layer in np.flatnonzero(runs.any(1)).tolist()))
+        if layer_bytes is None:
+            layer_bytes = [
+                (itemsize * (weights - experts), itemsize * experts / self.expert_share)
+                for weights, experts in zip(self.layer_weights, self.each_experts, strict=True)
+            ]
+        # An expert is read if any row meets it; rows choose by themselves.
+        layers: int = round(sum(
+            common + experts * (1 - (1 - self.expert_share) ** rows)
+            for (common, experts), rows in zip(layer_bytes, runs.sum(1).tolist(), strict=True) if rows
+        ))
         return layers + itemsize * (self.head_weights + int((entries * runs).sum()) * self.entry_width) + routers
 
 

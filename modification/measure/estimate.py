@@ -175,14 +175,14 @@ def estimate(
     if not 0 <= load <= 1:
         raise ValueError(f"load={load}: must be a number from 0 to 1")
     refuse(dense_config(config), "this model")
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"{config.model_type} stores keys and values of unlike widths: not estimated")
     if not 0 < config.num_hidden_layers <= MOST_LAYERS:
         raise ValueError(f"{config.num_hidden_layers} layers: models of 1 to {MOST_LAYERS:,} are estimated")
     mod_layers = MoDConfig(layers=layers).layer_indices(config.num_hidden_layers)
     parent = _on_paper(config)
     weights = sum(p.numel() for p in parent.parameters())
     layers_on_paper = family_of(parent).decoder_layers(parent)
-    if getattr(config, "kv_lora_rank", None):
-        raise ValueError(f"{config.model_type} stores keys and values of unlike widths: not estimated")
     shape = ModelShape.from_config(config, layers_on_paper, mod_layers)
     machine = device or devices()["h200"]
     sides = [
@@ -282,9 +282,7 @@ def _cost(
     read = sum(
         (weights - experts) * (1 - (1 - runs) ** batch)
         + experts / shape.expert_share * (1 - (1 - runs * shape.expert_share) ** batch)
-        for weights, experts, runs in zip(
-            shape.layer_weights, shape.expert_weights or (0,) * shape.depth, shares, strict=True
-        )
+        for weights, experts, runs in zip(shape.layer_weights, shape.each_experts, shares, strict=True)
     )
     entries = batch * sum(part * met for part, met in zip(shares, keys, strict=True))
     traffic = round(itemsize * (read + shape.head_weights + entries * shape.entry_width))

@@ -239,18 +239,20 @@ def _traffic(
     shape: ModelShape, model: Any, ran: Sequence[npt.NDArray[np.bool_]], routed: npt.NDArray[np.bool_]
 ) -> float:
     """Mean bytes per decode step; prompts' decisions ran [M, T] a row, steps' decisions routed [S, M, B]."""
-    layer_bytes = [_weight_bytes(layer, shape.expert_share) for layer in model.family.decoder_layers(model)]
+    layer_bytes = [_weight_bytes(layer) for layer in model.family.decoder_layers(model)]
     entries = np.stack([_met(shape, row, routed[:, :, at]) for at, row in enumerate(ran)], axis=-1)
     steps = zip(entries, routed, strict=True)
     total = sum(shape.decode_bytes(model.dtype.itemsize, met, step, layer_bytes) for met, step in steps)
     return total / len(routed)
 
 
-def _weight_bytes(layer: Any, expert_share: float) -> float:
-    """Of the layer that a token meets; experts come stacked, [E, ., .]."""
-    weights = [weight for name, weight in layer.named_parameters() if not name.startswith("router.")]
-    met: float = sum(weight.nbytes * (expert_share if weight.dim() == 3 else 1) for weight in weights)
-    return met
+def _weight_bytes(layer: Any) -> tuple[float, float]:
+    """Of a layer's weights but its experts, and of all its experts, which come stacked, [E, ., .]."""
+    sizes = {False: 0.0, True: 0.0}
+    for name, weight in layer.named_parameters():
+        if not name.startswith("router."):
+            sizes[weight.dim() == 3] += weight.nbytes
+    return sizes[False], sizes[True]
 
 
 def _met(shape: ModelShape, ran: npt.NDArray[np.bool_], routed: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
