@@ -229,6 +229,10 @@ def test_estimates_of_unknown_and_expert_models_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(said))
     with pytest.raises(ValueError, match="does not say how many a token meets"):
         estimate(config_of(str(tmp_path)), context=10)
+    for many in (-1, 16):
+        (tmp_path / "config.json").write_text(json.dumps({**said, "num_experts_per_tok": many}))
+        with pytest.raises(ValueError, match=f"num_experts_per_tok={many}: a token can meet 1 to 8"):
+            config_of(str(tmp_path))
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe", "olmoe"])

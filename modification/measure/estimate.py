@@ -123,8 +123,12 @@ def config_of(source: str) -> Any:
         config: Any = _read(str(path) if there else source)
     else:
         config = preset(source)
-    if any(getattr(config, name, None) for name in _EXPERTS) and not getattr(config, "num_experts_per_tok", None):
+    experts = next((count for name in _EXPERTS if (count := getattr(config, name, None))), None)
+    met = getattr(config, "num_experts_per_tok", None)
+    if experts and not met:
         raise ValueError(f"{source} is a mixture of experts that does not say how many a token meets: not estimated")
+    if experts and not 1 <= met <= experts:
+        raise ValueError(f"{source}: num_experts_per_tok={met}: a token can meet 1 to {experts} of {experts} experts")
     return config
 
 
