@@ -123,8 +123,8 @@ def config_of(source: str) -> Any:
         config: Any = _read(str(path) if there else source)
     else:
         config = preset(source)
-    experts = next((count for name in _EXPERTS if (count := getattr(config, name, None))), None)
-    met = getattr(config, "num_experts_per_tok", None)
+    experts: int = next((count for name in _EXPERTS if (count := getattr(config, name, None))), 0)
+    met: int = getattr(config, "num_experts_per_tok", None) or 0
     if experts and not met:
         raise ValueError(f"{source} is a mixture of experts that does not say how many a token meets: not estimated")
     if experts and not 1 <= met <= experts:
