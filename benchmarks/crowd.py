@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import secrets
 import statistics
 import subprocess
@@ -129,7 +130,7 @@ class Page:
                         return told
                 elif message["msg"] == "process_completed":
                     failed = "mod-status error" in line or not message["success"]
-                    told.outcome = "failed" if failed else "done"
+                    told.outcome = f"failed: {_sentence(line)}" if failed else "done"
                     return told
         return told
 
@@ -144,6 +145,12 @@ class Page:
                 "session_hash": self.session, "fn_index": self.go["id"], "event_id": event,
             })
         return how in ("leave", "stop") and messages == 3
+
+
+def _sentence(line: str) -> str:
+    """What the page says of a failure."""
+    found = re.search(r'mod-status error[^>]*>(.*?)<', line)
+    return found[1] if found else line[:200]
 
 
 async def crowd(

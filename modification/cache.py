@@ -185,7 +185,9 @@ class RaggedLayer(_Layer):
         super().__init__(window)
         self.rows: list[Row] = []
 
-    def open(self, batch: int, rows: Sequence[int], columns: Tensor, stored: Tensor | None) -> Slots:
+    def open(
+        self, batch: int, rows: Sequence[int], columns: Tensor, stored: Tensor | None, fillers: bool = False
+    ) -> Slots:
         """A window for one attention call over ``rows``.
 
         Args:
@@ -193,13 +195,14 @@ class RaggedLayer(_Layer):
             rows: the R rows that take part.
             columns: columns of the call's new tokens, [R, N].
             stored: which new tokens to store, [R, N]; None for all.
+            fillers: the others are nobody's, see :class:`Slots`.
         """
         if not self.rows:
             self.rows = [Row() for _ in range(batch)]
             self.is_initialized = True
         if batch != len(self.rows):
             raise ValueError(f"the cache holds a batch of {len(self.rows)}, not of {batch}")
-        return Slots([self.rows[row] for row in rows], columns, stored)
+        return Slots([self.rows[row] for row in rows], columns, stored, fillers)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise RuntimeError("a ragged layer is written through open(); call the model, not its base model")

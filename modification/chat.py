@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from modification.errors import first_line
+from modification.errors import reason
 
 SECONDS = 5.0  # that a template may take; the longest are done in a hundredth of one
 _TIMES, _DIGITS = 10_000, 5  # no template repeats anything so often
@@ -40,7 +40,7 @@ def written(tokenizer: Any, messages: list[dict[str, str]], seconds: float = SEC
         with _deadline(seconds):
             return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     except (Exception, _Late) as error:  # whatever a program of others raises
-        raise ValueError(f"the model's chat template fails: {first_line(error)}") from error
+        raise ValueError(f"the model's chat template fails: {reason(error)}") from error
 
 
 def _check(template: str) -> None:

@@ -8,6 +8,7 @@ import torch
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "could not create a memory",
               "can't start new thread")
+_LONGEST = 400  # characters of a library's message
 
 
 class LoadError(ValueError):
@@ -29,6 +30,8 @@ def foreseen(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def first_line(error: BaseException) -> str:
-    """What to show of an error that a library raised."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def reason(error: BaseException) -> str:
+    """What to show of an error that a library raised: its first line, and the next where the first announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[: 1 + lines[0].endswith(":")]) if lines else type(error).__name__
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."

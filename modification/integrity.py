@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from modification.errors import LoadError, first_line
+from modification.errors import LoadError, reason
 from modification.routing import is_router
 
 INDEX = "model.safetensors.index.json"
@@ -34,7 +34,7 @@ _SIZES = {
 }
 _POSITIVE = (
     "max_position_embeddings", "n_positions", "hidden_size", "vocab_size", "num_attention_heads", "num_hidden_layers",
-    "n_layer", "num_layers", "n_layers",
+    "n_layer", "num_layers", "n_layers", "num_key_value_heads", "num_kv_heads",
 )
 _WORD = re.compile(r"\w+")
 _LAYERS = re.compile(r"(?:num_|n_)(?:hidden_|decoder_|encoder_)?layers?|(?:decoder|encoder)_layers")
@@ -94,7 +94,7 @@ def read_config(path: Path) -> Any:
     except (ValueError, OSError, RecursionError) as error:
         if isinstance(error, Damaged):
             raise
-        raise Damaged(f"{path} is not valid JSON: {first_line(error)}") from error
+        raise Damaged(f"{path} is not valid JSON: {reason(error)}") from error
 
 
 def header_of(path: Path) -> dict[str, Any]:

@@ -185,10 +185,10 @@ class MoDLayer(nn.Module):
 
     def _visible(self, columns: Tensor, key_columns: Tensor, documents: Tensor | None) -> Tensor:
         """Which keys a query may see by place and document: [R, N], [R, K] and [R, T] -> [R, 1, N, K] bool."""
-        distance = columns[:, :, None] - key_columns[:, None, :]
-        seen = distance >= 0
+        queries, keys = columns[:, :, None], key_columns[:, None, :]
+        seen = queries >= keys  # their distance would be eight times as large as this
         if self.window is not None:
-            seen &= distance < self.window
+            seen &= keys > queries - self.window
         if documents is not None:
             own = documents.to(columns.device)
             there = own.gather(1, key_columns.clamp(max=own.shape[1] - 1))
@@ -211,7 +211,7 @@ def _own_columns(columns: Tensor, chosen: Selection) -> Tensor:
 
 def _open(store: RaggedLayer, batch: int, columns: Tensor, chosen: Selection) -> Slots:
     """A cache window for the chosen tokens."""
-    return store.open(batch, chosen.rows.tolist(), _own_columns(columns, chosen), chosen.filled)
+    return store.open(batch, chosen.rows.tolist(), _own_columns(columns, chosen), chosen.filled, fillers=True)
 
 
 def _gathered_positions(kwargs: Arguments, chosen: Selection) -> Arguments:

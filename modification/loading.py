@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from modification.architectures import FAMILIES, PREFIX, structured
 from modification.chat import written
 from modification.config import MoDConfig
-from modification.errors import LoadError, first_line, foreseen, out_of_memory
+from modification.errors import LoadError, foreseen, out_of_memory, reason
 from modification.hub import Progress, fetch
 from modification.integrity import check_files, check_fit, check_loaded, check_sizes, header_of, read_config
 from modification.model import MoDModel, convert, register_family
@@ -96,7 +96,7 @@ def load_dense_or_mod(
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise LoadError(f"{path_or_hub_id} could not be loaded: {first_line(error)}") from error
+        raise LoadError(f"{path_or_hub_id} could not be loaded: {reason(error)}") from error
     _check_keys(str(path_or_hub_id), info)
     _put_on_adapter(model, source)
     check_loaded(str(path_or_hub_id), model, tokenizer)
@@ -118,7 +118,7 @@ def _sentence(what: str) -> Iterator[None]:
     except BaseException as error:
         if not foreseen(error):
             raise
-        raise LoadError(f"{what} ({first_line(error)})") from error
+        raise LoadError(f"{what} ({reason(error)})") from error
 
 
 def _check_keys(source: str, info: dict[str, Any]) -> None:
@@ -185,7 +185,7 @@ def _try_quantized(model: Any, quantization: str) -> None:
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     except Exception as error:
         raise LoadError(
-            f"{quantization} weights of this model can't run on {model.device.type} ({first_line(error)}): "
+            f"{quantization} weights of this model can't run on {model.device.type} ({reason(error)}): "
             "choose another quantization, or none"
         ) from error
 

@@ -21,13 +21,20 @@ NOWHERE = 2**31 - 1  # the column of a padding entry: later than every query
 class Slots:
     """What a MoD layer hands to its attention as the cache: stores new entries, returns all keys.
 
+    Args:
+        rows: those that take part, R of them.
+        columns: of the new tokens, [R, N].
+        stored: which of these stay, [R, N]; None: all.
+        fillers: the others are nobody's, and what they attend to is thrown away; else each still sees itself.
+
     Attributes:
         past: keys that were stored before, padding included; ``update`` returns them and the N new ones.
     """
 
-    def __init__(self, rows: list[Row], columns: Tensor, stored: Tensor | None) -> None:
+    def __init__(self, rows: list[Row], columns: Tensor, stored: Tensor | None, fillers: bool = False) -> None:
         self._rows, self._columns, self._stored = rows, columns, stored
         self._whole = len(rows) == 1 and stored is None
+        self._apart = stored is None or fillers
         self.past = max(row.length for row in rows)
 
     def key_columns(self) -> Tensor:
@@ -42,10 +49,10 @@ class Slots:
             row = self._rows[0]
             row.add(keys[0], values[0], self._columns[0])
             return row.keys[None], row.values[None]
-        if self.past and self._stored is None and not keys.requires_grad:
+        if self.past and self._apart and not keys.requires_grad:
             self._store(keys, values)
-            return (Entries([row.keys for row in self._rows], self.past, keys),
-                    Entries([row.values for row in self._rows], self.past, values))
+            return (Entries([row.keys for row in self._rows], self.past, keys, self._stored),
+                    Entries([row.values for row in self._rows], self.past, values, self._stored))
         found = keys, values
         if self.past:
             found = (_stack([row.keys if row.length else None for row in self._rows], self.past, keys),
@@ -66,13 +73,14 @@ class Entries:
     (https://docs.pytorch.org/docs/stable/notes/extending.html); anything else gets one tensor, copied together.
 
     Attributes:
-        parts: each row's stored entries, N new ones at the end, [H, n, D].
-        past: longest row's entries before these N; shorter ones are filled up behind what they had.
+        parts: each row's stored entries, its new ones at the end, [H, n, D].
+        past: longest row's entries before the new ones; shorter ones are filled up behind what they had.
         fresh: the new entries, [R, H, N, D].
+        stored: those of them that ``parts`` have, [R, N], where some are fillers; None: all.
     """
 
-    def __init__(self, parts: list[Tensor], past: int, fresh: Tensor) -> None:
-        self.parts, self.past, self.fresh = parts, past, fresh
+    def __init__(self, parts: list[Tensor], past: int, fresh: Tensor, stored: Tensor | None = None) -> None:
+        self.parts, self.past, self.fresh, self.stored = parts, past, fresh, stored
         self.dtype, self.device = fresh.dtype, fresh.device
         rows, heads, new, width = fresh.shape
         self.shape = torch.Size((rows, heads, past + new, width))
@@ -85,8 +93,9 @@ class Entries:
 
     def padded(self) -> Tensor:
         """A copy of all, [R, H, past + N, D], zeros where a row has less."""
-        new = self.fresh.shape[2]
-        return _stack([part[:, : part.shape[1] - new] for part in self.parts], self.past, self.fresh)
+        counts = [self.fresh.shape[2]] * len(self.parts) if self.stored is None else self.stored.sum(1).tolist()
+        held = [part[:, : part.shape[1] - new] for part, new in zip(self.parts, counts, strict=True)]
+        return _stack([*held], self.past, self.fresh)
 
     @classmethod
     def __torch_function__(
@@ -106,7 +115,9 @@ def _row_by_row(
         return None
     out = []
     for at, (keys, values) in enumerate(zip(key.parts, value.parts, strict=True)):
-        seen = _own(attn_mask[at : at + 1], keys.shape[1], key.past, key.fresh.shape[2])
+        fresh = attn_mask[at : at + 1, ..., key.past :]
+        fresh = fresh if key.stored is None else fresh[..., key.stored[at]]
+        seen = torch.cat([attn_mask[at : at + 1, ..., : keys.shape[1] - fresh.shape[-1]], fresh], dim=-1)
         out.append(F.scaled_dot_product_attention(
             query[at : at + 1], keys[None], values[None], seen, dropout_p=dropout_p, **options
         ))
@@ -115,13 +126,6 @@ def _row_by_row(
 
 def _tensor(value: Any) -> Any:
     return value.padded() if isinstance(value, Entries) else value
-
-
-def _own(mask: Tensor, length: int, past: int, new: int) -> Tensor:
-    """A mask [..., past + N] over the entries of a row that has ``length``: its own past ones and the new ones."""
-    if length == past + new:
-        return mask
-    return torch.cat([mask[..., : length - new], mask[..., past:]], dim=-1)
 
 
 def _stack(parts: list[Tensor | None], past: int, new: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from modification import slots
 from modification.slots import Entries
 
 
-def entries(lengths, new, seed=0):
-    """Entries of rows with ``lengths`` past tokens and ``new`` ones, a mask that hides the filling, and both whole."""
+def entries(lengths, new, seed=0, fillers=False):
+    """Entries of rows with ``lengths`` past tokens and ``new`` ones, some of them ``fillers``; a mask that hides what
+    they lack, and both whole."""
     rows, heads, width, past = len(lengths), 2, 8, max(lengths)
     dice = torch.Generator().manual_seed(seed)
     whole = torch.randn(rows, heads, past + new, width, generator=dice)
@@ -24,17 +25,24 @@ def entries(lengths, new, seed=0):
         whole[at, :, length:past] = 0
         mask[at, ..., :length] = torch.rand(new, length, generator=dice) < 0.7
         mask[at, ..., past:] = torch.ones(new, new).tril().bool()
-    parts = [torch.cat([whole[at, :, :length], whole[at, :, past:]], 1) for at, length in enumerate(lengths)]
-    return Entries(parts, past, whole[:, :, past:]), mask, whole
+    stored = torch.ones(rows, new, dtype=torch.bool)
+    if fillers:
+        stored[:, 1:] = torch.rand(rows, new - 1, generator=dice) < 0.5
+        mask[..., past:] &= stored[:, None, None]
+    parts = [
+        torch.cat([whole[at, :, :length], whole[at, :, past:][:, stored[at]]], 1) for at, length in enumerate(lengths)
+    ]
+    return Entries(parts, past, whole[:, :, past:], stored if fillers else None), mask, whole
 
 
-@given(st.lists(st.integers(0, 9), min_size=2, max_size=4), st.integers(1, 3), st.sampled_from([1, 2]))
-@settings(max_examples=40)
-def test_attention_row_by_row_is_that_over_the_padded_tensor(lengths, new, groups):
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=4), st.integers(1, 3), st.sampled_from([1, 2]), st.booleans())
+@settings(max_examples=60)
+def test_attention_row_by_row_is_that_over_the_padded_tensor(lengths, new, groups, fillers):
     """Whatever a mask hides besides, and with several queries for each head of keys."""
     lengths = [*lengths, 5]  # one has a past
-    keys, mask, all_keys = entries(lengths, new)
-    values, _, all_values = entries(lengths, new, seed=1)
+    keys, mask, all_keys = entries(lengths, new, fillers=fillers)
+    values, _, all_values = entries(lengths, new, fillers=fillers)
+    assert torch.equal(keys.padded(), all_keys)
     queries = torch.randn(len(lengths), 2 * groups, new, 8, generator=torch.Generator().manual_seed(2))
     options = {"attn_mask": mask, "scale": 0.3, "enable_gqa": groups > 1}
     found = F.scaled_dot_product_attention(queries, keys, values, **options)
@@ -56,18 +64,24 @@ def test_anything_else_gets_one_tensor():
 GROUPED = ["llama", "mistral-window", "qwen3"] if hasattr(sdpa_attention, "pack_gqa") else []
 
 
-@pytest.mark.parametrize("variant", [*GROUPED, "opt", "gpt2", "gpt_neox"])
-def test_decoding_a_batch_copies_no_row(variant, monkeypatch):
-    """Rows with unlike pasts, by the stock call; each is what it is alone."""
+# Several tokens at once have keys that heads share copied by transformers.
+@pytest.mark.parametrize(("variant", "sizes"), [
+    *((variant, (1, 1)) for variant in [*GROUPED, "opt", "gpt2", "gpt_neox"]),
+    *((variant, sizes) for variant in ("opt", "gpt2", "gpt_neox") for sizes in ((4,), (3, 1))),
+])
+def test_going_on_with_a_batch_copies_no_row(variant, sizes, monkeypatch):
+    """Rows with unlike pasts and unlike numbers of new tokens that run, by the stock call; each is what it is alone."""
     model, rows = mod_model(variant), [tokens(1, length)[0] for length in (9, 14, 6)]
     p = [safe_threshold(model, row[None], near) for row, near in zip(rows, (0.5, 0.3, 0.7), strict=True)]
-    batch = padded([row[:-2] for row in rows], "left")
-    cache, mask = model.new_cache(), batch["attention_mask"]
+    batch = padded([row[: -sum(sizes)] for row in rows], "left")
+    cache, mask, left = model.new_cache(), batch["attention_mask"], sum(sizes)
     model(**batch, past_key_values=cache, p=torch.tensor(p))
     monkeypatch.setattr(slots, "_stack", None)
-    for at in (-2, -1):
-        mask = F.pad(mask, (0, 1), value=1)
-        last = {"input_ids": torch.stack([row[at] for row in rows])[:, None], "attention_mask": mask}
-        out = model(**last, position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache, p=torch.tensor(p))
+    for size in sizes:
+        mask = F.pad(mask, (0, size), value=1)
+        places = (mask.cumsum(1) - 1)[:, -size:]
+        new = torch.stack([row[len(row) - left : len(row) - left + size] for row in rows])
+        out = model(new, attention_mask=mask, position_ids=places, past_key_values=cache, p=torch.tensor(p))
+        left -= size
     for at, row in enumerate(rows):
-        assert_close(out.logits[at, -1], model(row[None], p=p[at]).logits[0, -1])
+        assert_close(out.logits[at], model(row[None], p=p[at]).logits[0, -sizes[-1] :])

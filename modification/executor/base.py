@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,11 +66,16 @@ class Executor(ABC):
 
     def chunks(self, ids: Tensor, cache: RaggedCache, p: Threshold) -> Iterator[Pass]:
         """The same, chunk by chunk; the last one's logits are the prompt's."""
-        for part, last in _chunks(ids):
+        while len(ids):
+            part, ids = ids.tensor_split([self.chunk_tokens(cache.get_seq_length())])
             with torch.inference_mode():
-                found = self._chunk(part, cache, p, last)
+                found = self._chunk(part, cache, p, not len(ids))
             cache.tokens.extend(part.tolist())
             yield found
+
+    def chunk_tokens(self, past: int) -> int:
+        """Most tokens that go through the layers together after so many."""
+        return CHUNK
 
     def decode(self, tokens: Sequence[int], caches: Sequence[RaggedCache], p: Sequence[Threshold]) -> Pass:
         """One token of each of B rows."""
@@ -95,6 +101,10 @@ class Stock(Executor):
     def __init__(self, model: Any, why: str) -> None:
         self.model, self.note = model, f"stock transformers layers: {why}"
 
+    def chunk_tokens(self, past: int) -> int:
+        """Fewer the more they attend to, see :func:`stock_chunk`."""
+        return stock_chunk(past, self.model.windows, self.model.config._attn_implementation)
+
     def _chunk(self, ids: Tensor, cache: RaggedCache, p: Threshold, last: bool) -> Pass:
         out = self.model(
             input_ids=ids[None], past_key_values=cache, use_cache=True, p=[p] if isinstance(p, tuple) else p,
@@ -112,6 +122,9 @@ class Stock(Executor):
         return Pass(torch.cat([row.logits for row in rows]), scores, routed)
 
 
-def _chunks(ids: Tensor) -> Iterator[tuple[Tensor, bool]]:
-    for start in range(0, len(ids), CHUNK):
-        yield ids[start : start + CHUNK], start + CHUNK >= len(ids)
+def stock_chunk(past: int, windows: Sequence[int | None], kernel: str) -> int:
+    """Tokens that the stock layers take at once after ``past``, so that what grows with tokens times keys is bounded:
+    masks, and in eager attention scores of all heads."""
+    reach = past if None in windows else min(past, max(window for window in windows if window))
+    pairs = CHUNK * CHUNK * (1 if kernel == "eager" else 4)
+    return min(CHUNK, max(1, int(math.sqrt(reach * reach / 4 + pairs) - reach / 2)))

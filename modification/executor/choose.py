@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from modification.errors import first_line, out_of_memory
+from modification.architectures import Family
+from modification.config import MoDConfig
+from modification.errors import out_of_memory, reason
 from modification.executor.base import Executor, Pass, Stock
 from modification.executor.blocks import blocks_of
 from modification.executor.fast import Fast
@@ -52,7 +54,7 @@ def choose(model: Any, compiled: bool = True) -> Executor:
         except Exception as error:  # a compiler that is missing or fails, a kernel that a device lacks
             if out_of_memory(error):
                 raise
-            why = f"the fast path fails: {first_line(error)}"
+            why = f"the fast path fails: {reason(error)}"
             continue
         if difference <= TOLERANCE[model.dtype]:
             return fast
@@ -86,21 +88,25 @@ def _together(model: Any, head: int) -> tuple[Any, str]:
     except Exception as error:  # no Triton, or one that this device or its compiler can't serve
         if out_of_memory(error):
             raise
-        return None, f"; rows attend one by one ({first_line(error)})"
+        return None, f"; rows attend one by one ({reason(error)})"
+
+
+def shape_obstacle(family: Family, config: Any, mod: MoDConfig) -> str | None:
+    """Why the fast executor can't run models of this kind; None if it can."""
+    if not family.llama_shaped:
+        return f"{config.model_type} is not Llama-shaped"
+    if mod.kv != "evict" or mod.gate != "straight_through":
+        return f"kv={mod.kv!r} with gate={mod.gate!r} runs there only"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    return None if rope in ROPE_TYPES else f"RoPE of type {rope!r}"
 
 
 def obstacle(model: Any) -> str | None:
     """Why the fast executor can't run this model at all; None if it can."""
-    config, mod = model.config, model.mod_config
-    if not model.family.llama_shaped:
-        return f"{config.model_type} is not Llama-shaped"
-    if mod.kv != "evict" or mod.gate != "straight_through":
-        return f"kv={mod.kv!r} with gate={mod.gate!r} runs there only"
+    if (why := shape_obstacle(model.family, model.config, model.mod_config)) is not None:
+        return why
     if model.training:
         return "the model is in training mode"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in ROPE_TYPES:
-        return f"RoPE of type {rope!r}"
     if model.dtype not in TOLERANCE:
         return f"dtype {model.dtype}"
     if len({parameter.device for parameter in model.parameters()}) > 1:

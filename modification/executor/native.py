@@ -26,6 +26,7 @@ from torch import nn
 
 from modification.cache import RaggedCache
 from modification.config import Threshold, threshold_at
+from modification.errors import reason
 from modification.executor.base import Pass
 from modification.executor.blocks import Block, stacked_routers
 from modification.storage import KINDS, Buffer
@@ -266,5 +267,9 @@ def _layer(block: Block) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    text = getattr(error, "stderr", None) or str(error)
-    return next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+    """What stopped the compiler; its command line is of no interest to a user."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"the compiler took longer than {BUILD_SECONDS} s"
+    if isinstance(error, subprocess.CalledProcessError):
+        return reason(OSError(error.stderr)) if error.stderr else f"the compiler ended with status {error.returncode}"
+    return reason(error)

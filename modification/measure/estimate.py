@@ -20,10 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from modification.architectures import PREFIX, family_of, refuse
 from modification.cache import margin
 from modification.config import LayerRule, MoDConfig
-from modification.errors import first_line
+from modification.errors import reason
 from modification.executor.base import CHUNK
+from modification.executor.choose import shape_obstacle
 from modification.integrity import check_config, read_config
 from modification.loading import HUB_ID
+from modification.measure.activations import fast_bytes, stock_bytes
 from modification.measure.cost import ModelShape, layer_flops
 from modification.measure.presets import preset
 from modification.storage import SPARE
@@ -119,6 +121,8 @@ def config_of(source: str) -> Any:
         there = path.exists()
     except (RuntimeError, OSError, ValueError):  # ~nobody; a name too long, or with a null byte
         there = False
+    if not there and source.endswith(".json"):
+        raise ValueError(f"{source}: there is no such file")
     if there or HUB_ID.fullmatch(source):
         config: Any = _read(str(path) if there else source)
     else:
@@ -157,7 +161,7 @@ def _read(source: str) -> Any:
         check_config(path, read_config(path))
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a missing or damaged config makes the readers raise
-        raise ValueError(f"{source} has no config that can be read: {first_line(error)}") from error
+        raise ValueError(f"{source} has no config that can be read: {reason(error)}") from error
 
 
 def estimate(
@@ -184,13 +188,15 @@ def estimate(
     if not 0 < config.num_hidden_layers <= MOST_LAYERS:
         raise ValueError(f"{config.num_hidden_layers} layers: models of 1 to {MOST_LAYERS:,} are estimated")
     mod_layers = MoDConfig(layers=layers).layer_indices(config.num_hidden_layers)
-    parent = _on_paper(config)
+    parent = on_paper(config)
     weights = sum(p.numel() for p in parent.parameters())
     layers_on_paper = family_of(parent).decoder_layers(parent)
     shape = ModelShape.from_config(config, layers_on_paper, mod_layers)
+    own = MoDConfig.from_dict(config.mod) if getattr(config, "mod", None) else MoDConfig()
+    activations = activation_bytes(parent, own, shape, context, dtype)
     machine = device or devices()["h200"]
     sides = [
-        _cost(shape, weights, config, context, batch, share, dtype.itemsize, machine) for share in (None, load)
+        _cost(shape, weights, activations, context, batch, share, dtype.itemsize, machine) for share in (None, load)
     ]
     return Estimate(sides[0], sides[1], mod_layers)
 
@@ -247,21 +253,16 @@ def _held(shape: ModelShape, layer: int, context: int, most: bool = False) -> in
     return context if window is None else min(context, window - 1 + margin(window) + CHUNK * most)
 
 
-def activation_bytes(config: Any, shape: ModelShape, context: int, itemsize: int) -> int:
-    """Most that a chunk of a prompt holds at once, which is inside the MLP.
+def activation_bytes(parent: nn.Module, mod: MoDConfig, shape: ModelShape, context: int, dtype: torch.dtype) -> int:
+    """Most that a chunk of a prompt holds at once, whichever executor runs it.
 
-    Per token: three tensors as wide as the MLP; residual, its gathered part, h, norm and result; queries and
-    attention's output; keys and values; cos and sin twice. Then the logits of one token, float32. The fast executor
-    takes fewer tokens through an MLP at a time on a CPU, and what malloc and compiled products keep is about as much as
-    that saves.
+    Args:
+        parent: on the meta device; it is of no use afterwards.
     """
-    inner: int = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    if shape.expert_weights:
-        met = (getattr(config, "moe_intermediate_size", None) or inner) * config.num_experts_per_tok
-        inner = met if all(shape.expert_weights) else max(met, inner)
-    head = shape.attention_width // config.num_attention_heads
-    wide = 3 * inner + 5 * config.hidden_size + 2 * shape.attention_width + shape.entry_width + 4 * head
-    return int(min(context, CHUNK) * wide * itemsize + 4 * config.vocab_size)
+    family, config = family_of(parent), parent.config
+    if shape_obstacle(family, config, mod) is None:
+        return fast_bytes(config, shape, context, dtype.itemsize)
+    return stock_bytes(parent, context, dtype)
 
 
 def growth_bytes(shape: ModelShape, context: int, itemsize: int) -> int:
@@ -271,7 +272,7 @@ def growth_bytes(shape: ModelShape, context: int, itemsize: int) -> int:
 
 
 def _cost(
-    shape: ModelShape, weights: int, config: Any, context: int, batch: int, load: float | None, itemsize: int,
+    shape: ModelShape, weights: int, activations: int, context: int, batch: int, load: float | None, itemsize: int,
     device: Device,
 ) -> Cost:
     routed = 0 if load is None else len(shape.mod_layers)
@@ -297,7 +298,7 @@ def _cost(
     row, most = (kv_bytes(shape, context, 1, load, itemsize, high) for high in (False, True))
     return Cost(
         itemsize * weights + router_bytes, kv_bytes(shape, context, batch, load, itemsize),
-        activation_bytes(config, shape, context, itemsize) + growth_bytes(shape, context, itemsize) + most - row,
+        activations + growth_bytes(shape, context, itemsize) + most - row,
         prefill, batch * step, traffic, max(prefill_times), max(decode_times),
         (_bound(prefill_times), _bound(decode_times)),
     )
@@ -307,7 +308,7 @@ def _bound(times: tuple[float, float]) -> str:
     return "compute" if times[0] >= times[1] else "memory"
 
 
-def _on_paper(config: Any) -> nn.Module:
+def on_paper(config: Any) -> nn.Module:
     """The dense model on the meta device: shapes without memory."""
     config = copy.deepcopy(dense_config(config))
     config.dtype = None  # or torch's default would be another meanwhile, for all threads
@@ -315,5 +316,5 @@ def _on_paper(config: Any) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever a config that doesn't add up makes transformers raise
-        raise ValueError(f"no {config.model_type} can be made of this config: {first_line(error)}") from error
+        raise ValueError(f"no {config.model_type} can be made of this config: {reason(error)}") from error
     return model

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import get_safetensors_metadata
 
-from modification.errors import first_line
+from modification.errors import reason
 from modification.integrity import header_of
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -91,7 +91,7 @@ def weight_bytes(source: str, dtype: torch.dtype | None = None, quantization: st
         headers = _local_headers(folder) if folder.is_dir() else _hub_headers(source)
         return sum(_stored(name, *header, dtype, quantization) for name, header in headers)
     except Exception as error:  # whatever damaged files or a distant server make the readers raise
-        raise ValueError(f"{source}: the weights' headers can't be read: {first_line(error)}") from error
+        raise ValueError(f"{source}: the weights' headers can't be read: {reason(error)}") from error
 
 
 def _local_headers(folder: Path) -> Iterator[tuple[str, tuple[str, list[int]]]]:

@@ -1,0 +1,89 @@
+"""Estimated activations against what torch's allocator was asked for, and chunks of prompts that keep them bounded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import assert_close, mod_model, tokens
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig
+
+from modification.executor import base
+from modification.executor.base import Stock, stock_chunk
+from modification.measure.activations import stock_bytes
+from modification.measure.estimate import estimate, on_paper
+
+# What attention kernels take for themselves, whatever the model's size.
+SCRATCH = 1.3e6
+TOKENS = 2500  # a whole chunk and a part of one
+SIZES = {"hidden_size": 256, "max_position_embeddings": 4096}
+
+
+def peak(work):
+    """Most bytes that torch's CPU allocator had given out at once, above what it had at the start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    now = most = 0
+    for event in found.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize(("variant", "sizes"), [
+    ("phi3", {**SIZES, "intermediate_size": 1024}),
+    ("mistral-window", {**SIZES, "intermediate_size": 1024, "sliding_window": 300}),
+    ("gemma2-window", {**SIZES, "head_dim": 64}),
+    ("gpt2", {"n_embd": 256, "n_positions": 4096, "n_inner": 1024}),
+    ("bloom", {"hidden_size": 256}),
+    ("falcon-alibi", {**SIZES, "ffn_hidden_size": 1024}),
+    ("mixtral", {**SIZES, "intermediate_size": 512}),
+    ("qwen2_moe", {**SIZES, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 256}),
+])
+def test_estimated_activations_are_what_the_allocator_gives_the_stock_layers(variant, sizes):
+    """Families that run there, and a Llama-shaped one: at p = 0, at which every layer has every token."""
+    model = mod_model(variant, **sizes)
+    run, cache = Stock(model, "as asked"), model.new_cache()
+    found = peak(lambda: run.prefill(tokens(1, TOKENS)[0], cache, 0.0))
+    told = estimate_of(model, TOKENS)
+    assert abs(found - told) <= 0.02 * found + SCRATCH, (found, told)
+
+
+def estimate_of(model, context):
+    """The stock layers' share of the estimate: no buffers that grow."""
+    return stock_bytes(on_paper(model.config), context, torch.float32)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_however_long_the_context_activations_are_bounded(kernel):
+    """Chunks get shorter as masks and scores get wider; grouped keys are copied for all heads, and that grows."""
+    config = AutoConfig.for_model(
+        "olmo2", hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2048, vocab_size=1000,
+        max_position_embeddings=200_000, attn_implementation=kernel,
+    )
+    short, long = (estimate(config, context=context, load=0.5) for context in (8192, 131_072))
+    assert long.mod.kv > 15 * short.mod.kv
+    keys = 2 * 131_072 * 512 * 2
+    assert long.mod.activations < 1.5 * short.mod.activations + keys
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_chunks_that_get_shorter_give_the_same_logits(kernel, monkeypatch):
+    """Against the whole prompt at once."""
+    monkeypatch.setattr(base, "CHUNK", 8)
+    model, ids = mod_model("olmo2", kernel=kernel), tokens(1, 60)[0]
+    run, cache = Stock(model, "as asked"), model.new_cache()
+    parts = list(run.chunks(ids, cache, 0.0))
+    sizes = [part.routed.shape[1] for part in parts]
+    assert sizes[0] == 8 > sizes[-2] >= 1
+    assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
+    assert sum(sizes) == len(ids)
+    assert_close(parts[-1].logits[0], model(ids[None], p=0.0).logits[0, -1])
+
+
+def test_a_sliding_window_keeps_chunks_long():
+    """Layers that look back by so much alone meet no more keys, however long the text."""
+    assert stock_chunk(100_000, (512, 512), "eager") == stock_chunk(512, (512, 512), "eager") > 1700
+    assert stock_chunk(100_000, (512, None), "eager") < 50
+    assert stock_chunk(0, (None,), "eager") == base.CHUNK
