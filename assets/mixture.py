@@ -89,7 +89,10 @@ def readings(work: Path, text: Path, tokenizer: Any, block: int, count: int) -> 
 
 def _in_parallel(job: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
     """Do the jobs whose first argument, the file that they write, is not there yet."""
-    if missing := [each for each in arguments if not each[0].is_file()]:
+    missing = [each for each in arguments if not each[0].is_file()]
+    if len(missing) == 1:
+        job(*missing[0])
+    elif missing:
         with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
             list(pool.map(job, *zip(*missing, strict=True)))
 

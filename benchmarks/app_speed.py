@@ -23,7 +23,7 @@ import httpx
 from app.headless import ROOT, launch, served
 from modification import generate, load
 from modification.loading import encode_prompt
-from modification.measure.bench import machine
+from modification.measure.benchwords import machine
 
 MODEL = ROOT / "assets" / "Llama-Storyteller-22M-MoD"
 RECORD = '[\\"f\\",'

@@ -186,6 +186,7 @@ def test_kernels_read_no_token_that_is_not_there(token):
     threads=st.integers(1, 4), seed=st.integers(0, 9),
 )
 @example(heads=(4, 2), head=64, width=48, inner=96, rows=9, threads=3, seed=0)
+@settings(max_examples=60)
 def test_kernels_are_the_torch_arithmetic(heads, head, width, inner, rows, threads, seed):
     """Any widths, head counts, rows of unlike lengths and threads: each row as in torch, alone."""
     model = mod_model(

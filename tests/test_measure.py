@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import dataclasses
 import json
 import math
+import re
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from builders import DEPTH, VOCABULARY, dense_model, mod_model, save_folder, tokens
+from builders import DEPTH, VOCABULARY, dense_model, mod_model, routers, save_folder, tokens
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
@@ -21,7 +23,8 @@ from modification.cli import main, measuring
 from modification.executor import Stock, base, executor_of
 from modification.measure import bench as bench_module
 from modification.measure import speed
-from modification.measure.bench import bench, dense_twin, random_pair, table
+from modification.measure.bench import bench, dense_twin, random_pair
+from modification.measure.benchwords import missed, table
 from modification.measure.cost import CostMeter, ModelShape
 from modification.measure.estimate import config_of, devices, estimate, own_layers
 from modification.measure.memory import Peak, trim
@@ -418,6 +421,20 @@ def test_bench_compares_with_the_faster_dense_side():
     assert "load 0.5" in table(results)
 
 
+def test_a_load_that_no_threshold_reaches_is_told():
+    """Routers that score every token alike: all of them run, or none."""
+    parent, model = random_pair(preset_small(), torch.float32)
+    with torch.no_grad():
+        for router in routers(model):
+            router.weight.zero_()
+            router.bias.fill_(0.3)
+    results = bench(model, parent, contexts=[8], batches=[1], loads=[1, 0.5], new_tokens=2, rounds=1, stock=False)
+    assert abs(results[-1].load_prompt - 0.5) > 0.2
+    assert len(missed(results)) == 1
+    assert "load 0.5 was asked for" in missed(results)[0]
+    assert not missed([dataclasses.replace(results[-1], load_prompt=0.51)])
+
+
 def preset_small():
     """A small Llama config."""
     return dense_model("llama").config
@@ -517,6 +534,22 @@ def test_an_estimate_says_what_it_is_of_and_what_does_not_fit(tmp_path, capsys):
     assert "do not fit" not in capsys.readouterr().out
     assert main(["estimate", str(tmp_path)]) == 2
     assert "the folder has no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("settings", "reason"), [
+    (None, "there is no such file"), ({"hidden_size": "wide"}, "hidden_size = wide"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads = 0"), ({"rms_norm_eps": "small"}, "rms_norm_eps.*small"),
+    ({"hidden_act": "none at all"}, "none at all"),
+])
+def test_an_estimate_of_a_wrong_config_says_what_is_wrong(settings, reason, tmp_path, capsys):
+    """With its name and value, whoever found it."""
+    path = tmp_path / "config.json"
+    if settings is not None:
+        path.write_text(json.dumps({**dense_model("llama").config.to_dict(), **settings}))
+    assert main(["estimate", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(reason, said), said
+    assert "\n" not in said.strip()
 
 
 def test_bench_needs_a_model_or_a_shape(tmp_path, capsys):

@@ -181,7 +181,7 @@ def test_a_bad_estimate_is_a_sentence(service, changes, sentence):
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("<|endoftext|>".join(f"{TEXT} {at}" for at in range(80)))
+    path.write_text("<|endoftext|>".join(f"{TEXT} {at}" for at in range(30)))
     return path
 
 

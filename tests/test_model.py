@@ -148,6 +148,7 @@ STRUCTURED = {
 REFUSED = {
     "mamba": "layers of kind linear_attention", "recurrent_gemma": "layers of kind|looked for",
     "t5": "encoder-decoder", "llava": "wraps a language model", "qwen3_next": "layers of kind linear_attention",
+    "bert": "is an encoder",
 }
 
 

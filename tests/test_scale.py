@@ -25,7 +25,7 @@ from modification.cli import main
 from modification.conversion import checks
 from modification.conversion import train as training
 
-SETTINGS = ["--tokens", "5120", "--block", "16", "--batch", "8", "--save-steps", "5", "--lr", "0.002"]
+SETTINGS = ["--tokens", "2560", "--block", "16", "--batch", "8", "--save-steps", "5", "--lr", "0.002"]
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
 
 
@@ -35,7 +35,7 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scale")
     save_folder(dense_model("llama"), folder / "parent")
     noise = random.Random(0)
-    stories = ["".join(noise.choices("abcdefgh", k=12)) * 8 for _ in range(120)]
+    stories = ["".join(noise.choices("abcdefgh", k=12)) * 8 for _ in range(60)]
     (folder / "text.txt").write_text("<|endoftext|>".join(stories))
     return folder
 
@@ -117,7 +117,7 @@ def test_two_processes_are_one(work, whole):
     out = work / "two"
     finish([*processes(2), "-m", "modification", *command(work, out)])
     assert json.loads((out / "report.json").read_text())["distributed"] == "MULTI_CPU"
-    assert len(log_of(out)) == len(log_of(whole)) == 4
+    assert len(log_of(out)) == len(log_of(whole)) == 2
     for ours, theirs in zip(log_of(out), log_of(whole), strict=True):
         for name in ("loss", "cross_entropy", "kl", "load_penalty", "load", "layer_loads", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
@@ -158,7 +158,7 @@ def test_a_run_killed_at_any_step_and_resumed_is_one_that_was_not(seed, work, wh
     process = subprocess.Popen([sys.executable, "-m", "modification", *command(work, out)], env=ALONE, cwd=REPO,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = out / "checkpoints"
-    wanted = 1 + int(at * 6)
+    wanted = 1 + int(at * 3)
     end = time.monotonic() + 240
     while process.poll() is None and _steps(checkpoints) < 5 * wanted:
         assert time.monotonic() < end

@@ -14,7 +14,8 @@ import torch
 from modification.cli.shared import check_vocabulary, layers_of, numbers
 from modification.executor import executor_of
 from modification.loading import as_mod, load_dense_or_mod
-from modification.measure.bench import bench, check_asked, dense_twin, growth, machine, overheads, random_pair, table
+from modification.measure.bench import bench, check_asked, dense_twin, random_pair
+from modification.measure.benchwords import growth, machine, missed, overheads, table
 from modification.measure.estimate import config_of, dense_config, devices, estimate, notes, own_layers, report
 from modification.measure.plots import plot
 from modification.model import MoDModel
@@ -78,7 +79,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         overheads=arguments.overheads, ragged=arguments.ragged,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    print("\n".join([table(results), *overheads(results), *growth(results)]))
+    print("\n".join([table(results), *missed(results), *overheads(results), *growth(results)]))
     line = json.dumps({
         "command": "bench", "model": arguments.model or arguments.random, "machine": machine(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "quantization": arguments.quantization, "executor": note,

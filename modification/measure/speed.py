@@ -33,6 +33,7 @@ from modification.trace import Step
 
 CALIBRATION_TOKENS = 1024
 NEAR = 0.01  # a load this near to the one asked for is hit
+FAR = 0.02  # a load this far off was missed
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,10 @@ def threshold_for(load: float, executor: Executor, model: Any, prompts: Sequence
     beginning = [prompts[0][:CALIBRATION_TOKENS]]
     p = _bisect(functools.partial(miss, rows=beginning), 0.0, 1.0, 12)
     if sum(len(ids) for ids in prompts) > len(beginning[0]) and abs(miss(p, prompts)) > NEAR:
-        p = _bisect(functools.partial(miss, rows=prompts), max(0.0, p - 0.1), min(1.0, p + 0.1), 4)
+        of_all = functools.partial(miss, rows=prompts)
+        p = _bisect(of_all, max(0.0, p - 0.1), min(1.0, p + 0.1), 4)
+        if abs(of_all(p)) > FAR:  # the first one's beginning is unlike the rest
+            p = _bisect(of_all, 0.0, 1.0, 10)
     return p
 
 
