@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One more than there are cores: tests wait for the processes that they start.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(6, os.cpu_count() + 1))")
 
 .PHONY: app test check audit
 
@@ -9,8 +11,8 @@ app: $(VENV)/app.stamp
 	$(BIN)/python app.py
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not browser"
-	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist worksteal -m browser
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not browser"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m browser
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
