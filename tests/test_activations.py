@@ -11,7 +11,8 @@ from transformers import AutoConfig
 from modification.executor import base
 from modification.executor.base import Stock, stock_chunk
 from modification.measure.activations import stock_bytes
-from modification.measure.estimate import estimate, on_paper
+from modification.measure.estimate import estimate
+from modification.measure.onpaper import on_paper
 
 # What attention kernels take for themselves, whatever the model's size.
 SCRATCH = 1.3e6
@@ -87,3 +88,11 @@ def test_a_sliding_window_keeps_chunks_long():
     assert stock_chunk(100_000, (512, 512), "eager") == stock_chunk(512, (512, 512), "eager") > 1700
     assert stock_chunk(100_000, (512, None), "eager") < 50
     assert stock_chunk(0, (None,), "eager") == base.CHUNK
+
+
+def test_layers_that_can_not_be_followed_are_told():
+    """Mixtures that ask for the number of tokens of each expert have none on paper."""
+    config = AutoConfig.for_model("jetmoe", hidden_size=32, num_hidden_layers=3, num_key_value_heads=2, kv_channels=8,
+                                  intermediate_size=48, vocab_size=97)
+    with pytest.raises(ValueError, match="jetmoe can't be followed on paper"):
+        estimate(config, context=100)

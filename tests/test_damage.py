@@ -25,7 +25,8 @@ from app.service import Limits, Request, Service, sentence_of
 from modification import generate, load
 from modification.errors import LoadError
 from modification.integrity import check_loaded
-from modification.measure.estimate import config_of, estimate
+from modification.measure.estimate import estimate
+from modification.measure.onpaper import config_of
 
 SECONDS = 20  # for one folder
 

@@ -26,8 +26,9 @@ from modification.measure import speed
 from modification.measure.bench import bench, dense_twin, random_pair
 from modification.measure.benchwords import missed, table
 from modification.measure.cost import CostMeter, ModelShape
-from modification.measure.estimate import config_of, devices, estimate, own_layers
+from modification.measure.estimate import devices, estimate
 from modification.measure.memory import Peak, trim
+from modification.measure.onpaper import config_of, own_layers
 from modification.measure.presets import preset, presets
 from modification.measure.speed import Work, threshold_for, time_bare, time_engine, time_stock
 from modification.trace import Step

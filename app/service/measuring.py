@@ -16,8 +16,9 @@ from app.service.loaded import Loaded
 from app.service.requests import Limits
 from modification.conversion.data import pack
 from modification.measure.bench import Result, bench, dense_twin
-from modification.measure.estimate import Estimate, config_of, devices, estimate, own_layers
+from modification.measure.estimate import Estimate, devices, estimate
 from modification.measure.memory import available_bytes
+from modification.measure.onpaper import config_of, own_layers
 from modification.measure.presets import presets
 from modification.measure.tradeoff import Point, largest_within, point
 

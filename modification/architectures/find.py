@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from modification.architectures.family import ConversionError, Family
-from modification.architectures.shapes import PREFIX
 from modification.architectures.table import FAMILIES
 
 ATTENTION_KERNELS = ("sdpa", "eager")
@@ -50,7 +49,7 @@ def refuse(config: Any, name: str) -> None:
         )
     if getattr(config, "use_bidirectional_attention", None):
         raise ConversionError(f"{name} ({model_type}) attends in both directions: routing needs causal attention")
-    if getattr(config, "is_decoder", None) is False and model_type.removeprefix(PREFIX) not in FAMILIES:
+    if getattr(config, "is_decoder", None) is False and getattr(config, "add_cross_attention", None) is False:
         raise ConversionError(f"{name} ({model_type}) is an encoder (is_decoder is false): routing needs a decoder")
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:

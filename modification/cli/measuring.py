@@ -16,7 +16,8 @@ from modification.executor import executor_of
 from modification.loading import as_mod, load_dense_or_mod
 from modification.measure.bench import bench, check_asked, dense_twin, random_pair
 from modification.measure.benchwords import growth, machine, missed, overheads, table
-from modification.measure.estimate import config_of, dense_config, devices, estimate, notes, own_layers, report
+from modification.measure.estimate import devices, estimate, notes, report
+from modification.measure.onpaper import config_of, dense_config, own_layers
 from modification.measure.plots import plot
 from modification.model import MoDModel
 
