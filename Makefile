@@ -12,7 +12,7 @@ app: $(VENV)/app.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not browser"
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m browser
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist worksteal -m browser
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .

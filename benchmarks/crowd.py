@@ -160,7 +160,8 @@ async def crowd(
     who stayed, by request."""
     outcomes, waits, sizes = Counter[str](), list[float](), list[int]()
     got: dict[int, list[Any]] = {}
-    limits = httpx.Limits(max_connections=4 * users)
+    # A connection for each request: one that idles is closed by the server, perhaps while it is being used again.
+    limits = httpx.Limits(max_connections=4 * users, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
         left = iter(range(requests))
 

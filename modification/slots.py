@@ -77,25 +77,30 @@ class Entries:
         past: longest row's entries before the new ones; shorter ones are filled up behind what they had.
         fresh: the new entries, [R, H, N, D].
         stored: those of them that ``parts`` have, [R, N], where some are fillers; None: all.
+        repeats: query heads that share a head, if each is to have its own: that many times H heads seem to be there.
     """
 
-    def __init__(self, parts: list[Tensor], past: int, fresh: Tensor, stored: Tensor | None = None) -> None:
-        self.parts, self.past, self.fresh, self.stored = parts, past, fresh, stored
+    def __init__(
+        self, parts: list[Tensor], past: int, fresh: Tensor, stored: Tensor | None = None, repeats: int = 1
+    ) -> None:
+        self.parts, self.past, self.fresh, self.stored, self.repeats = parts, past, fresh, stored, repeats
         self.dtype, self.device = fresh.dtype, fresh.device
         rows, heads, new, width = fresh.shape
-        self.shape = torch.Size((rows, heads, past + new, width))
+        self.shape = torch.Size((rows, heads * repeats, past + new, width))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.padded(), name)
 
-    def __getitem__(self, where: Any) -> Tensor:
-        return self.padded()[where]
+    def __getitem__(self, where: Any) -> Any:
+        whole = slice(None)
+        return _Spread(self) if where == (whole, whole, None, whole, whole) else self.padded()[where]
 
     def padded(self) -> Tensor:
         """A copy of all, [R, H, past + N, D], zeros where a row has less."""
         counts = [self.fresh.shape[2]] * len(self.parts) if self.stored is None else self.stored.sum(1).tolist()
         held = [part[:, : part.shape[1] - new] for part, new in zip(self.parts, counts, strict=True)]
-        return _stack([*held], self.past, self.fresh)
+        whole = _stack([*held], self.past, self.fresh)
+        return whole if self.repeats == 1 else whole.repeat_interleave(self.repeats, 1)
 
     @classmethod
     def __torch_function__(
@@ -107,13 +112,35 @@ class Entries:
         return function(*map(_tensor, args), **{name: _tensor(part) for name, part in named.items()})
 
 
+class _Spread:
+    """``Entries[:, :, None]``, which transformers expands and reshapes to give every query head keys of its own."""
+
+    def __init__(self, entries: Entries) -> None:
+        self._entries, self._sizes = entries, torch.Size(())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._entries.padded()[:, :, None], name)
+
+    def expand(self, *sizes: int) -> Any:
+        """To [R, H, repeats, K, D], which is not done yet."""
+        self._sizes = torch.Size(sizes)
+        return self
+
+    def reshape(self, *sizes: int) -> Any:
+        """To [R, H * repeats, K, D]: entries still, if that is what is asked for."""
+        whole, asked = self._entries, self._sizes
+        if len(asked) == 5 and sizes == (asked[0], asked[1] * asked[2], *asked[3:]):
+            return Entries(whole.parts, whole.past, whole.fresh, whole.stored, whole.repeats * asked[2])
+        return whole.padded()[:, :, None].expand(asked).reshape(sizes)
+
+
 def _row_by_row(
     query: Tensor, key: Any, value: Any, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **options: Any
 ) -> Tensor | None:
     """Attention [R, H, N, D] of each row over its own entries; None where one row's can't be told from another's."""
     if attn_mask is None or not (isinstance(key, Entries) and isinstance(value, Entries)):
         return None
-    out = []
+    out, options = [], {**options, "enable_gqa": options.get("enable_gqa", False) or key.repeats > 1}
     for at, (keys, values) in enumerate(zip(key.parts, value.parts, strict=True)):
         fresh = attn_mask[at : at + 1, ..., key.past :]
         fresh = fresh if key.stored is None else fresh[..., key.stored[at]]

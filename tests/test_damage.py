@@ -376,10 +376,10 @@ def test_damaged_folders_in_the_app(whole, tmp_path):
                 outcomes[name, "refused" if sentence_of(error) else "failed"] += 1
         assert service.desk.turnstile.count() == (0, 0)
 
-    for_each_damage(100, whole, tmp_path, check)
-    assert outcomes["whole", "answered"] >= 100
+    for_each_damage(50, whole, tmp_path, check)
+    assert outcomes["whole", "answered"] >= 50
     assert not any(how == "failed" for _, how in outcomes), outcomes
-    assert min(outcomes["damaged", "answered"], outcomes["damaged", "refused"]) > 10, outcomes
+    assert min(outcomes["damaged", "answered"], outcomes["damaged", "refused"]) > 5, outcomes
 
 
 def test_a_refused_model_leaves_the_random_numbers_alone(folder):

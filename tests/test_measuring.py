@@ -225,6 +225,7 @@ def test_a_cancelled_conversion_keeps_its_checkpoint_and_goes_on(service, text):
     assert "made" not in service.conversions.finished()
     while (again := begun_again(service, long)) is None:  # it is on its way out
         assert time.monotonic() < end
+        time.sleep(0.2)
     assert again.failed
     assert "unfinished conversion" in again.ended
     resumed = list(service.convert(plan(text, tokens=100 * 8 * 16, resume=True)))
