@@ -73,7 +73,7 @@ class MoDLayer(nn.Module):
         columns = call.columns.to(x.device).expand(run.shape)
         slots = None if store is None else store.open(len(run), range(len(run)), columns, stays)
         keys = columns if slots is None else slots.key_columns()
-        mask = self._visible(columns, keys, call.documents)
+        mask = self._visible(columns, keys, call.documents, call.shown)
         # A token sees itself even where it is skipped: what it would have been had it run.
         own = torch.eye(run.shape[1], dtype=torch.bool, device=x.device)
         mask[..., mask.shape[-1] - run.shape[1] :] &= stays[:, None, None, :] | own
@@ -171,20 +171,24 @@ class MoDLayer(nn.Module):
     ) -> Tensor | None:
         """None where the kernel's own rule (all keys, or causal from the first) is already right."""
         past = 0 if slots is None else slots.past
-        documents = None if call.documents is None else call.documents.to(columns.device)[chosen.rows]
-        plain = documents is None and call.kernel == "sdpa" and self.window is None and len(chosen.rows) == 1
-        plain = plain and kwargs.get("alibi") is None
+        documents, shown = (
+            None if part is None else part.to(columns.device)[chosen.rows] for part in (call.documents, call.shown)
+        )
+        plain = documents is None and shown is None and self.window is None and kwargs.get("alibi") is None
+        plain = plain and call.kernel == "sdpa" and len(chosen.rows) == 1
         # A lone query sees all keys, unless the call has stored skipped tokens that come after it.
         last = columns.shape[1] == 1 and (call.config.kv == "evict" or len(call.columns) == 1)
         if plain and (last or not past):
             return None
-        mask = self._visible(columns, keys, documents)
+        mask = self._visible(columns, keys, documents, shown)
         if chosen.filled is not None:
             mask |= ~chosen.filled[:, None, :, None]  # fillers are thrown away; keep their softmax finite
         return mask
 
-    def _visible(self, columns: Tensor, key_columns: Tensor, documents: Tensor | None) -> Tensor:
-        """Which keys a query may see by place and document: [R, N], [R, K] and [R, T] -> [R, 1, N, K] bool."""
+    def _visible(
+        self, columns: Tensor, key_columns: Tensor, documents: Tensor | None, shown: Tensor | None
+    ) -> Tensor:
+        """Which keys a query may see by place, document and mask: [R, N], [R, K] and [R, T] twice -> [R, 1, N, K]."""
         queries, keys = columns[:, :, None], key_columns[:, None, :]
         seen = queries >= keys  # their distance would be eight times as large as this
         if self.window is not None:
@@ -193,6 +197,9 @@ class MoDLayer(nn.Module):
             own = documents.to(columns.device)
             there = own.gather(1, key_columns.clamp(max=own.shape[1] - 1))
             seen &= own.gather(1, columns)[:, :, None] == there[:, None, :]
+        if shown is not None:
+            kept = shown.to(columns.device)
+            seen &= kept.gather(1, key_columns.clamp(max=kept.shape[1] - 1))[:, None, :]
         return seen[:, None]
 
 

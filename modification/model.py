@@ -192,16 +192,18 @@ class MoDModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"routing={path!r}: expected one of {', '.join(PATHS)}")
         batch, tokens = given.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
-        valid, places = _places(attention_mask, batch, tokens, past, given.device)
+        valid, places, shown = _places(attention_mask, batch, tokens, past, given.device)
         anchored = None
         if past < config.anchors or valid is not None:
             anchored = (places < config.anchors).expand(batch, tokens)
         order = config.layer_indices(self.config.num_hidden_layers)
-        return RoutingCall(
+        call = RoutingCall(
             config=config, p=thresholds(config.p if p is None else p, batch, len(order), given.device),
             path=path, columns=torch.arange(past, past + tokens, device=given.device),
             kernel=self.config._attn_implementation, order=order, valid=valid, anchored=anchored,
         )
+        call.shown = shown
+        return call
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Router):
@@ -379,18 +381,21 @@ def register_family(family: Family) -> None:
 
 def _places(
     mask: Any, batch: int, tokens: int, past: int, device: torch.device
-) -> tuple[Tensor | None, Tensor]:
-    """Real tokens [B, T] (None: all), and each new token's place among its row's real tokens."""
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Real tokens [B, T] (None: all), each new token's place among its row's real tokens, and columns that new tokens
+    may look at, [B, past + T] (None: all)."""
     plain = torch.arange(past, past + tokens, device=device)[None]
     if mask is None:
-        return None, plain
+        return None, plain, None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != (batch, past + tokens):
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask is {found}: expected shape {(batch, past + tokens)}, 0 at padding")
     real = mask.to(device).bool()
     if bool(real.all()):
-        return None, plain
-    return real[:, past:], (real.long().cumsum(1) - 1)[:, past:]
+        return None, plain, None
+    # Padding was never stored; but a column that was real may be hidden later on.
+    shown = F.pad(real[:, :past], (0, tokens), value=True) if past and not bool(real[:, :past].all()) else None
+    return real[:, past:], (real.long().cumsum(1) - 1)[:, past:], shown
 
 
 def _note_documents(call: RoutingCall, position_ids: Tensor) -> None:

@@ -77,6 +77,7 @@ class RoutingCall:
         kernel: the attention implementation, "sdpa" or "eager".
         valid: False at padding, [B, T]; None when there is none.
         anchored: tokens that run whatever their score, [B, T]; None when there are none.
+        shown: False at columns of the past that are hidden from the new tokens, [B, past + T]; None when none is.
         documents: which of a row's packed documents a token belongs to, [B, T]; None when a row is one document.
         between: in training, shares of the block's output that some tokens get instead of all or none of it,
             [B, M, T]; 1 or more elsewhere. See ``MoDLayer``.
@@ -93,6 +94,7 @@ class RoutingCall:
         self.config, self.p, self.path, self.columns, self.kernel = config, p, path, columns, kernel
         self.order, self.valid, self.anchored, self.rule, self.record = order, valid, anchored, rule, record
         self.dial = torch.tensor(config.dial, dtype=torch.float32, device=p.device) if config.dial else None
+        self.shown: Tensor | None = None
         self.documents: Tensor | None = None
         self.between: Tensor | None = None
         self.run_block: RunBlock | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from modification.storage import Row
 
@@ -109,36 +110,47 @@ class Entries:
         named = kwargs or {}
         if function is F.scaled_dot_product_attention and (found := _row_by_row(*args, **named)) is not None:
             return found
-        return function(*map(_tensor, args), **{name: _tensor(part) for name, part in named.items()})
+        return function(*tree_map(_tensor, args), **tree_map(_tensor, named))
 
 
 class _Spread:
-    """``Entries[:, :, None]``, which transformers expands and reshapes to give every query head keys of its own."""
+    """``Entries[:, :, None]``, which transformers expands and reshapes to give every query head keys of its own.
 
-    def __init__(self, entries: Entries) -> None:
-        self._entries, self._sizes = entries, torch.Size(())
+    Anything else that is asked of it is asked of the tensor.
+    """
+
+    def __init__(self, entries: Entries, sizes: tuple[int, ...] = ()) -> None:
+        self._entries, self._sizes = entries, sizes
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._entries.padded()[:, :, None], name)
+        whole = self._entries.padded()[:, :, None]
+        return getattr(whole.expand(self._sizes) if self._sizes else whole, name)
 
-    def expand(self, *sizes: int) -> Any:
+    def expand(self, *sizes: Any) -> Any:
         """To [R, H, repeats, K, D], which is not done yet."""
-        self._sizes = torch.Size(sizes)
-        return self
+        return _Spread(self._entries, _listed(sizes))
 
-    def reshape(self, *sizes: int) -> Any:
+    def reshape(self, *sizes: Any) -> Any:
         """To [R, H * repeats, K, D]: entries still, if that is what is asked for."""
         whole, asked = self._entries, self._sizes
-        if len(asked) == 5 and sizes == (asked[0], asked[1] * asked[2], *asked[3:]):
+        if len(asked) == 5 and _listed(sizes) == (asked[0], asked[1] * asked[2], *asked[3:]):
             return Entries(whole.parts, whole.past, whole.fresh, whole.stored, whole.repeats * asked[2])
-        return whole.padded()[:, :, None].expand(asked).reshape(sizes)
+        return self.__getattr__("reshape")(*sizes)
+
+
+def _listed(sizes: tuple[Any, ...]) -> tuple[int, ...]:
+    """Sizes as torch takes them: one by one, or in one sequence."""
+    return tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
 
 
 def _row_by_row(
-    query: Tensor, key: Any, value: Any, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **options: Any
+    query: Tensor, key: Any, value: Any, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, **options: Any,
 ) -> Tensor | None:
     """Attention [R, H, N, D] of each row over its own entries; None where one row's can't be told from another's."""
-    if attn_mask is None or not (isinstance(key, Entries) and isinstance(value, Entries)):
+    if not (isinstance(key, Entries) and isinstance(value, Entries)) or attn_mask is None or is_causal:
+        return None
+    if attn_mask.dim() != 4 or len(attn_mask) != len(key.parts):
         return None
     out, options = [], {**options, "enable_gqa": options.get("enable_gqa", False) or key.repeats > 1}
     for at, (keys, values) in enumerate(zip(key.parts, value.parts, strict=True)):

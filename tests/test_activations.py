@@ -8,6 +8,7 @@ from builders import assert_close, mod_model, tokens
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
+from modification import MoDConfig
 from modification.executor import base
 from modification.executor.base import Stock, stock_chunk
 from modification.measure.activations import stock_bytes
@@ -96,3 +97,11 @@ def test_layers_that_can_not_be_followed_are_told():
                                   intermediate_size=48, vocab_size=97)
     with pytest.raises(ValueError, match="jetmoe can't be followed on paper"):
         estimate(config, context=100)
+
+
+def test_any_context_is_estimated_at_once():
+    """Chunks of a token each are not looked at one by one; and a model that keeps what it skips is refused."""
+    config = mod_model("olmo2").config
+    assert estimate(config, context=50_000_000).mod.activations > 0
+    with pytest.raises(ValueError, match="kv='keep'"):
+        estimate(mod_model("olmo2", MoDConfig(kv="keep")).config, context=100)

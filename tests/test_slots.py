@@ -59,8 +59,22 @@ def test_anything_else_gets_one_tensor():
     assert torch.equal(repeat_kv(keys, 3).padded(), repeat_kv(whole, 3))
     assert repeat_kv(keys, 3).shape == repeat_kv(whole, 3).shape
     assert torch.equal(keys[:, :, None, :, :].flatten(), whole.flatten())
-    assert torch.equal(keys[:, :, None, :, :].expand(3, 2, 2, 6, 8).reshape(3, 2, -1), whole[:, :, None].expand(
-        3, 2, 2, 6, 8).reshape(3, 2, -1))
+    wide, sizes = whole[:, :, None].expand(3, 2, 2, 6, 8), (3, 2, 2, 6, 8)
+    for spread in (keys[:, :, None, :, :].expand(*sizes), keys[:, :, None, :, :].expand(sizes)):
+        assert spread.shape == wide.shape
+        assert torch.equal(spread.reshape(3, 2, -1), wide.reshape(3, 2, -1))
+        assert torch.equal(spread.flatten(1, 2), wide.flatten(1, 2))
+        assert torch.equal(spread.reshape((3, 4, 6, 8)).padded(), wide.reshape(3, 4, 6, 8))
+    assert torch.equal(torch.cat([keys, keys], 1), torch.cat([whole, whole], 1))
+
+
+def test_masks_that_are_no_row_s_own_take_the_padded_tensor():
+    """One for all rows, and one without rows; and no mask with the kernel's own rule."""
+    keys, _, whole = entries([2, 5, 0], 2)
+    queries = torch.randn(3, 2, 2, 8)
+    for mask in (torch.randn(1, 1, 2, 7), torch.randn(2, 7), None):
+        found = F.scaled_dot_product_attention(queries, keys, keys, mask, 0.0, mask is None)
+        assert_close(found, F.scaled_dot_product_attention(queries, whole, whole, mask, 0.0, mask is None))
     assert torch.equal(torch.cat([keys.padded()]), whole)
     assert (keys.shape, keys.dtype, keys.device, keys.ndim) == (whole.shape, whole.dtype, whole.device, 4)
 
@@ -83,3 +97,22 @@ def test_going_on_with_a_batch_copies_no_row(variant, sizes, monkeypatch):
         left -= size
     for at, row in enumerate(rows):
         assert_close(out.logits[at], model(row[None], p=p[at]).logits[0, -sizes[-1] :])
+
+
+@pytest.mark.parametrize("routing", ["gathered", "masked"])
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "gpt2", "bloom", "phi3"])
+def test_columns_that_a_later_mask_hides_are_seen_no_more(variant, routing):
+    """As in a batch of chats of which one answer ended early: what ran behind its end is hidden from the next turn."""
+    model, rows = mod_model(variant), [tokens(1, length, seed=length)[0] for length in (9, 14)]
+    filler, new, options = torch.tensor([[3, 4], [5, 6]]), torch.tensor([[11, 12], [13, 14]]), {"routing": routing}
+    batch, cache = padded(rows, "left"), model.new_cache()
+    model(**batch, past_key_values=cache, p=0.0, **options)
+    ran = F.pad(batch["attention_mask"], (0, 2), value=1)
+    model(filler, attention_mask=ran, position_ids=(ran.cumsum(1) - 1)[:, -2:], past_key_values=cache, p=0.0, **options)
+    hidden = ran.clone()
+    hidden[0, -2:] = 0
+    mask = F.pad(hidden, (0, 2), value=1)
+    places = (mask.cumsum(1) - 1)[:, -2:]
+    out = model(new, attention_mask=mask, position_ids=places, past_key_values=cache, p=0.0, **options).logits
+    for at, row in enumerate((rows[0], torch.cat([rows[1], filler[1]]))):
+        assert_close(out[at], model(torch.cat([row, new[at]])[None], p=0.0).logits[0, -2:])

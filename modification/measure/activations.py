@@ -24,6 +24,8 @@ from modification.cache import RaggedCache
 from modification.executor.base import CHUNK, stock_chunk
 from modification.measure.cost import ModelShape
 
+_MOST_CHUNKS = 2000  # that are looked at one by one
+
 
 def fast_bytes(config: Any, shape: ModelShape, context: int, itemsize: int) -> int:
     """Most that a chunk of a prompt holds at once in the fast executor, which is inside the MLP.
@@ -48,10 +50,13 @@ def stock_bytes(model: nn.Module, context: int, dtype: torch.dtype) -> int:
     """
     config: Any = model.config
     windows, chunks = windows_of(config), [0]
-    while chunks[-1] < context:
+    while chunks[-1] < context and len(chunks) < _MOST_CHUNKS:
         chunks.append(chunks[-1] + stock_chunk(chunks[-1], windows, config._attn_implementation))
-    chunks[-1] = context
-    parts = list(itertools.pairwise(chunks))
+    if chunks[-1] < context:  # very long: the last one, whose keys are the most, from its end
+        chunks.append(context - stock_chunk(context, windows, config._attn_implementation))
+        chunks.append(context)
+    parts = [(start, min(end, context)) for start, end in itertools.pairwise(chunks)]
+    parts = [part for part in parts if part[1] - part[0] <= CHUNK]
     # Of those that need masks over a past, the one with most tokens times keys takes most.
     parts = [parts[0], *sorted(parts[1:], key=lambda ends: (ends[1] - ends[0]) * ends[1])[-1:]]
     _keep_kinds(model, windows)

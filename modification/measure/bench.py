@@ -184,11 +184,14 @@ class Setting:
         """The memory that the estimator expects for our engine's sides; prompts have so many ``tokens`` on average."""
         if result.p is None:
             return result
-        side = estimate(
-            self.model.config, context=tokens + self.new_tokens, batch=self.batch, load=result.load_prompt,
-            dtype=self.model.dtype, layers=self.model.mod_layers,
-            device=devices()["cpu-2-cores"] if self.model.device.type == "cpu" else None,
-        ).mod
+        try:
+            side = estimate(
+                self.model.config, context=tokens + self.new_tokens, batch=self.batch, load=result.load_prompt,
+                dtype=self.model.dtype, layers=self.model.mod_layers,
+                device=devices()["cpu-2-cores"] if self.model.device.type == "cpu" else None,
+            ).mod
+        except ValueError:  # a family that can't be followed on paper; what was measured counts
+            return result
         return dataclasses.replace(result, estimated_mb=(side.kv + side.activations) / _MB)
 
 

@@ -147,6 +147,8 @@ def _estimated(
     layers_on_paper = family_of(parent).decoder_layers(parent)
     shape = ModelShape.from_config(config, layers_on_paper, mod_layers)
     own = MoDConfig.from_dict(config.mod) if getattr(config, "mod", None) else MoDConfig()
+    if own.kv != "evict":
+        raise ValueError(f"estimates count what eviction saves; this model has kv={own.kv!r}")
     activations = activation_bytes(parent, own, shape, context, dtype)
     sides = [
         _cost(shape, weights, activations, context, batch, share, dtype.itemsize, machine) for share in (None, load)
