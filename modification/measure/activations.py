@@ -32,7 +32,8 @@ def fast_bytes(config: Any, shape: ModelShape, context: int, itemsize: int) -> i
 
     Per token: three tensors as wide as the MLP; residual, its gathered part, h, norm and result; queries and
     attention's output; keys and values; cos and sin twice. Then the logits of one token, float32. On a CPU fewer tokens
-    go through an MLP at a time, and what malloc and compiled products keep is about as much as that saves.
+    go through an MLP at a time, and what malloc and compiled products keep beside it is about as much as that saves:
+    this is what a process takes at its peak, several times what its tensors do.
     """
     head = shape.attention_width // config.num_attention_heads
     wide = 3 * config.intermediate_size + 5 * config.hidden_size + 2 * shape.attention_width
