@@ -207,7 +207,7 @@ def test_told_to_end_it_finishes_what_is_under_way_and_begins_nothing(tmp_path):
         ask(2)()
         began = time.monotonic()
         ask(100)()
-        count = min(2000, max(300, int(100 * 5 / (time.monotonic() - began))))  # some five seconds, within the limit
+        count = min(2000, max(40, int(100 * 5 / (time.monotonic() - began))))  # some five seconds, within the limit
         answer, told = ask(count), []
         reader = threading.Thread(target=lambda: told.append(answer()))
         reader.start()
