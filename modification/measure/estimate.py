@@ -21,7 +21,7 @@ from modification.executor.base import CHUNK
 from modification.executor.choose import shape_obstacle
 from modification.measure.activations import fast_bytes, stock_bytes
 from modification.measure.cost import ModelShape, layer_flops
-from modification.measure.onpaper import dense_config, on_paper
+from modification.measure.onpaper import dense_config, on_paper, own_mod
 from modification.storage import SPARE
 
 MOST_LAYERS = 2048  # of a model on paper, which is built layer by layer
@@ -146,7 +146,7 @@ def _estimated(
     weights = sum(p.numel() for p in parent.parameters())
     layers_on_paper = family_of(parent).decoder_layers(parent)
     shape = ModelShape.from_config(config, layers_on_paper, mod_layers)
-    own = MoDConfig.from_dict(config.mod) if getattr(config, "mod", None) else MoDConfig()
+    own = own_mod(config)
     if own.kv != "evict":
         raise ValueError(f"estimates count what eviction saves; this model has kv={own.kv!r}")
     activations = activation_bytes(parent, own, shape, context, dtype)

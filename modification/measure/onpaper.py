@@ -56,9 +56,14 @@ def dense_config(config: Any) -> Any:
     return AutoConfig.for_model(config.model_type.removeprefix(PREFIX), **fields)
 
 
+def own_mod(config: Any) -> MoDConfig:
+    """The MoD settings of a converted model's config; the defaults for a dense one's."""
+    return MoDConfig.from_dict(config.mod) if getattr(config, "mod", None) else MoDConfig()
+
+
 def own_layers(config: Any) -> Any:
     """The MoD layers that a converted model's config names; the inner ones of a dense model."""
-    return MoDConfig.from_dict(config.mod).layers if getattr(config, "mod", None) else "inner"
+    return own_mod(config).layers
 
 
 def on_paper(config: Any) -> nn.Module:

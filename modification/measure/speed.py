@@ -194,8 +194,8 @@ def threshold_for(load: float, executor: Executor, model: Any, prompts: Sequence
 
     beginning = [prompts[0][:CALIBRATION_TOKENS]]
     p = _bisect(functools.partial(miss, rows=beginning), 0.0, 1.0, 12)
-    if sum(len(ids) for ids in prompts) > len(beginning[0]) and abs(miss(p, prompts)) > NEAR:
-        of_all = functools.partial(miss, rows=prompts)
+    of_all = functools.cache(functools.partial(miss, rows=prompts))  # a prefill of everything each
+    if sum(len(ids) for ids in prompts) > len(beginning[0]) and abs(of_all(p)) > NEAR:
         p = _bisect(of_all, max(0.0, p - 0.1), min(1.0, p + 0.1), 4)
         if abs(of_all(p)) > FAR:  # the first one's beginning is unlike the rest
             p = _bisect(of_all, 0.0, 1.0, 10)
