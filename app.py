@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import gradio as gr
@@ -23,10 +24,10 @@ from app.views import css
 from app.web import Guard, Quiet, Traffic
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-DRAIN = 3.0  # seconds in which the last of them are sent
+DRAIN = 3.0  # seconds at least in which the last of an answer is sent
 _M_ARENA_MAX = -8  # of mallopt(3)
 PAGES = 500  # open ones, and programs' calls, whose settings Gradio keeps (0.4 MB each); then the oldest go
-PATIENCE = 30.0  # seconds that answers under way may take once the app is told to end
+PATIENCE = 30  # seconds that answers under way may take once the app is told to end
 
 
 def shipped_models() -> dict[str, Path]:
@@ -130,6 +131,7 @@ def _limit_flags(parser: argparse.ArgumentParser) -> None:
         ("--file-mb", usual.file_bytes // 10**6, "largest file that can be uploaded, in MB"),
         ("--trace-mb", usual.trace_bytes // 10**6, "largest trace that is read, in MB"),
         ("--minutes", int(usual.measuring // 60), "that a sweep or a benchmark may take"),
+        ("--patience", PATIENCE, "seconds that answers under way may take once the app is told to end"),
         ("--cache-mb", 0, "keys and values of all sessions together, in MB; 0: a quarter of the free memory"),
     ):
         parser.add_argument(flag, type=int, default=value, metavar="N", help=f"{says} (default: %(default)s)")
@@ -142,7 +144,7 @@ def _limit_flags(parser: argparse.ArgumentParser) -> None:
 def _limits(arguments: argparse.Namespace, parser: argparse.ArgumentParser, public: bool) -> Limits:
     for name, least in (
         ("running", 1), ("waiting", 0), ("per_user", 1), ("new_tokens", 1), ("prompt_tokens", 1), ("file_mb", 1),
-        ("trace_mb", 1), ("minutes", 1), ("cache_mb", 0),
+        ("trace_mb", 1), ("minutes", 1), ("patience", 0), ("cache_mb", 0),
     ):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be {least} or more")
@@ -175,9 +177,10 @@ def _serve(service: Service, arguments: argparse.Namespace) -> None:
         app_kwargs={"middleware": [Middleware(Guard, service=service, traffic=traffic, calls=calls)]},
     )
     asked.wait()
-    print("Ending: answers under way are finished, at most so many seconds:", PATIENCE, flush=True)
-    whole = service.shut_down(PATIENCE)
-    traffic.drain(DRAIN)
+    print(f"Ending: answers under way are finished, {arguments.patience} seconds at most.", flush=True)
+    until = time.monotonic() + arguments.patience
+    whole = service.shut_down(arguments.patience)
+    traffic.drain(max(DRAIN, until - time.monotonic()))
     demo.close(verbose=False)
     print("Ended." if whole else "Ended; some answers were cut short.", flush=True)
     if not whole:
