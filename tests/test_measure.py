@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 import torch
 from builders import DEPTH, VOCABULARY, dense_model, mod_model, routers, save_folder, tokens
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from modification import MoDConfig, convert, generate, room
 from modification.cli import main, measuring
 from modification.executor import Stock, base, executor_of
+from modification.executor.blocks import blocks_of
+from modification.executor.fast import Fast
 from modification.measure import bench as bench_module
 from modification.measure import speed
 from modification.measure.bench import bench, dense_twin, random_pair
@@ -36,11 +39,11 @@ from modification.trace import Step
 CPU = torch.device("cpu")
 
 
-def wide_model():
+def wide_model(layers="inner"):
     """Matrices of unlike sizes; attention in plain products, which torch's counter sees."""
     return mod_model(
-        "llama", hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-        kernel="eager",
+        "llama", MoDConfig(layers=layers), hidden_size=256, intermediate_size=512, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, kernel="eager",
     )
 
 
@@ -58,6 +61,28 @@ def test_prefill_flops_are_those_torch_counts(p):
         done = Stock(model, "test").prefill(ids[0], model.new_cache(), p)
     ran = done.routed.sum(1).tolist()
     counted = shape.prefill_flops(200, ran) + hidden_half(shape, [200, 200, *ran])
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4, 0.7])
+@pytest.mark.parametrize("layers", ["inner", [0, DEPTH - 1]])
+def test_prefill_flops_of_a_short_end_are_those_torch_counts(p, layers):
+    """Within 2%: the fast executor's last layer makes keys and values, and the last token's result alone."""
+    model, ids = wide_model(layers=layers), tokens(1, 200)
+    blocks = blocks_of(model)
+    executor, shape = Fast(model, blocks, None, "test"), ModelShape.of(model)
+    executor.rounded = False
+    for block in blocks:
+        block.direct = False  # plain products, which torch's counter sees
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        done = executor.prefill(ids[0], model.new_cache(), p)
+    ran = done.routed.sum(1).tolist()
+    counts = dict.fromkeys(range(DEPTH), 200) | dict(zip(model.mod_layers, ran, strict=True))
+    end = counts.pop(DEPTH - 1)
+    counted = shape.prefill_flops(200, ran, executor.short_end) + hidden_half(shape, counts.values())
+    if end < 200:  # the last token ran or not, which the counts don't say
+        weights = shape.layer_weights[-1] - shape.kv_weights
+        counted += (done.routed[-1, -1] - end / 200) * (2 * weights + 4 * end * shape.attention_width)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 

@@ -51,10 +51,12 @@ class Executor(ABC):
 
     Attributes:
         name: ``"fast"`` or ``"stock"``.
+        short_end: whether a prompt's results in the last layer are those of its last token alone.
         note: which path runs and why, for people.
     """
 
     name: ClassVar[str]
+    short_end: ClassVar[bool] = False
     note: str
 
     @torch.inference_mode()

@@ -42,14 +42,21 @@ class Block:
     def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, W] -> queries [H, N, D], keys and values [G, N, D], with RoPE."""
         normed = self.norm(x)
-        shape = (len(x), -1, self.head)
-        q, k, v = (
-            self._linear(part, normed).view(shape)
-            for part in (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q.transpose(0, 1), *rotation), rotate(k.transpose(0, 1), *rotation), v.transpose(0, 1)
+        q = self._heads(self.attention.q_proj, normed, self.q_norm)
+        return rotate(q, *rotation), *self._entries(normed, rotation)
+
+    def entries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Keys and values alone."""
+        return self._entries(self.norm(x), rotation)
+
+    def _entries(self, normed: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        k = self._heads(self.attention.k_proj, normed, self.k_norm)
+        return rotate(k, *rotation), self._heads(self.attention.v_proj, normed)
+
+    def _heads(self, part: Any, normed: Tensor, norm: Any = None) -> Tensor:
+        """A projection's result, head by head: [., N, D]."""
+        made = self._linear(part, normed).view(len(normed), -1, self.head)
+        return (made if norm is None else norm(made)).transpose(0, 1)
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Output projection and MLP on attention's result [N, H * D], with both residuals."""

@@ -1,8 +1,9 @@
 """The fast executor for Llama-shaped families: no framework between the kernels, no work for skipped tokens.
 
-Prefill gathers the routed tokens of a chunk in each MoD layer. Decode scores a row at every router at once
-after each layer that ran: a skipped layer leaves the row as it is, so its score for the next one is known
-already, and skipping costs nothing. Shapes: N tokens of a chunk, W width, M MoD layers.
+Prefill gathers the routed tokens of a chunk in each MoD layer; of the last layer it makes keys, values and the last
+token's result. Decode scores a row at every router at once after each layer that ran: a skipped layer leaves the row as
+it is, so its score for the next one is known already, and skipping costs nothing. Shapes: N tokens of a chunk, W width,
+M MoD layers.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Fast(Executor):
         together: attention of several rows in one launch, or None for row by row.
     """
 
-    name = "fast"
+    name, short_end = "fast", True
 
     def __init__(
         self, model: Any, blocks: Sequence[Block], native: NativeDecoder | None, note: str, compiled: bool = False,
@@ -106,67 +107,63 @@ class Fast(Executor):
                 chosen, at = routed[at].nonzero().squeeze(1), at + 1
                 if len(chosen) == len(ids):
                     chosen = None
-            x = self._layer(block, x, chosen, columns, rotation, cache.layers[index])
+            pieces, store = self._pieces(len(ids), chosen), cache.layers[index]
+            own = columns if chosen is None else columns[chosen]
+            if index + 1 < len(self.blocks):
+                self._layer(block, x, pieces, own, rotation, store)
+            else:
+                runs = last and (chosen is None or (len(chosen) > 0 and bool(chosen[-1] == len(ids) - 1)))
+                x = self._end(block, x, pieces, own, rotation, store, runs)
         cache.advance_all(len(ids))
-        logits = self._head(x[-1:]) if last else x.new_empty(0)  # no view: it would keep the whole of x
+        logits = self._head(x) if last else x.new_empty(0)
         return Pass(logits, scores.cpu().numpy(), routed.cpu().numpy())
 
     def _layer(
-        self, block: Block, x: Tensor, chosen: Tensor | None, columns: Tensor, rotation: Rotation, store: Any
-    ) -> Tensor:
-        """One layer on the chosen tokens (None: on all) of x [N, W]."""
-        if self.on_cpu:
-            return self._in_pieces(block, x, chosen, columns, rotation, store)
-        if chosen is None:
-            return self._run(block, x, columns, rotation, store)
-        if not len(chosen):
-            return x
-        turned = (rotation[0][chosen], rotation[1][chosen])
-        return x.index_copy_(0, chosen, self._run(block, x[chosen], columns[chosen], turned, store))
-
-    def _run(self, block: Block, x: Tensor, columns: Tensor, rotation: Rotation, store: Any) -> Tensor:
-        """A layer on all of x [N, W]."""
-        q, k, v = self._project(block, x, rotation)
-        mixed = _attend(block, q, store.add(k, v, columns), store)
-        out: Tensor = self._finish(block, x, mixed)
-        return out
-
-    def _in_pieces(
-        self, block: Block, x: Tensor, chosen: Tensor | None, columns: Tensor, rotation: Rotation, store: Any
-    ) -> Tensor:
-        """The same on a CPU, where all but attention goes few tokens at a time: what lives inside a layer would take
-        more memory than all else."""
-        pieces = self._pieces(len(x), chosen)
+        self, block: Block, x: Tensor, pieces: Sequence[_Piece], columns: Tensor, rotation: Rotation, store: Any
+    ) -> None:
+        """One layer on the pieces' tokens of x [N, W], in place; they stand at ``columns``."""
         if not pieces:
-            return x
-        mixed = self._mixed(block, x, pieces, columns if chosen is None else columns[chosen], rotation, store)
+            return
+        mixed = self._mixed(block, x, pieces, columns, rotation, store)
         parts = torch.split_with_sizes(mixed, [piece.count for piece in pieces])
         for piece, part in zip(pieces, parts, strict=True):
             given = piece.of(x)
             filled = part if len(given) == piece.count else F.pad(part, (0, 0, 0, len(given) - piece.count))
             piece.put(x, self._finish(block, given, filled))
-        return x
 
     def _mixed(
         self, block: Block, x: Tensor, pieces: Sequence[_Piece], columns: Tensor, rotation: Rotation, store: Any
     ) -> Tensor:
         """Attention's result for the pieces' tokens, [N, H * D]."""
-        made = []
-        for piece in pieces:
-            projected = self._project(block, piece.of(x), (piece.of(rotation[0]), piece.of(rotation[1])))
-            made.append([part[:, : piece.count] for part in projected])
-        q, k, v = made[0] if len(made) == 1 else (torch.cat(parts, 1) for parts in zip(*made, strict=True))
-        del made
+        q, k, v = _in_pieces(self._project, block, x, pieces, rotation)
         return _attend(block, q, store.add(k, v, columns), store)  # all at once: a store that grows is copied
+
+    def _end(
+        self, block: Block, x: Tensor, pieces: Sequence[_Piece], columns: Tensor, rotation: Rotation, store: Any,
+        runs: bool,
+    ) -> Tensor:
+        """The last layer, of which nobody needs more than keys, values and the last token's result: that one, [1, W].
+
+        Args:
+            runs: whether the last token goes through it.
+        """
+        stored = store.add(*_in_pieces(Block.entries, block, x, pieces, rotation), columns) if pieces else None
+        x = x[-1:].clone()  # no view: it would keep the whole of x
+        if stored is None or not runs:
+            return x
+        q, _, _ = self._project(block, x, (rotation[0][-1:], rotation[1][-1:]))
+        end: Tensor = self._finish(block, x, _attend(block, q, stored, store))
+        return end
 
     def _pieces(self, length: int, chosen: Tensor | None) -> list[_Piece]:
         """A layer's tokens in parts, each filled up by at most an eighth.
 
-        Products of some types are compiled for every number of rows that occurs, and kept, which comes to hundreds of
-        MB over a long prompt. So few numbers should occur.
+        On a CPU all but attention goes few tokens at a time: what lives inside a layer would take more memory than all
+        else. Products of some types are compiled for every number of rows that occurs, and kept, which comes to
+        hundreds of MB over a long prompt. So few numbers should occur.
         """
         count, pieces = length if chosen is None else len(chosen), list[_Piece]()
-        parts = -(-count // PIECE)
+        parts = -(-count // PIECE) if self.on_cpu else min(count, 1)
         for at in range(parts):
             first, end = count * at // parts, count * (at + 1) // parts
             step = 1 << max(0, (end - first).bit_length() - 4) if self.rounded else 1
@@ -235,12 +232,25 @@ class Fast(Executor):
         return gates if self.dial is None else bend(gates, self.dial)
 
     def _head(self, x: Tensor) -> Tensor:
+        if self.native is not None:
+            return self.native.head(x)
         out: Tensor = self.model.lm_head(self.base.norm(x))
         return out
 
     def _rotation(self, x: Tensor, columns: Tensor) -> Rotation:
         cos, sin = self.base.rotary_emb(x, columns[None])
         return cos[0], sin[0]
+
+
+def _in_pieces(
+    project: Any, block: Block, x: Tensor, pieces: Sequence[_Piece], rotation: Rotation
+) -> Sequence[Tensor]:
+    """What a block makes of the pieces' rows of x [N, W] before attention: [., N, D] each."""
+    made = []
+    for piece in pieces:
+        projected = project(block, piece.of(x), (piece.of(rotation[0]), piece.of(rotation[1])))
+        made.append([part[:, : piece.count] for part in projected])
+    return made[0] if len(made) == 1 else [torch.cat(parts, 1) for parts in zip(*made, strict=True)]
 
 
 def _one_by_one(

@@ -631,6 +631,15 @@ extern "C" int32_t mod_step(const Shape* shape, const Step* step, int32_t thread
     return 1;
 }
 
+// Logits of hidden states x [count, width]. Returns 0, or 1 where memory ran out.
+extern "C" int32_t mod_head(const Shape* shape, const float* x, int64_t count, float* logits, int32_t threads) try {
+    const auto go = shape->kind == 2 ? project_head<bf16> : project_head<float>;
+    go(*shape, x, count, logits, threads);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
 // Bytes of the records that native.py and storage.py mirror.
 extern "C" int32_t mod_size(int32_t which) {
     const size_t sizes[] = {sizeof(Layer), sizeof(Shape), sizeof(Place), sizeof(Step)};

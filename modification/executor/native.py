@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modification.cache import RaggedCache
 from modification.config import Threshold, threshold_at
@@ -135,6 +135,15 @@ class NativeDecoder:
         routed = np.frombuffer(memoryview(runs), np.bool_).reshape(self.routers, count)
         return Pass(logits, scores, routed, list(zip(best, logprobs, strict=True)))
 
+    def head(self, x: Tensor) -> Tensor:
+        """Logits [N, V] of hidden states [N, W], float32. In torch one row's product takes 2 to 3 times as long."""
+        given = x.float().contiguous()
+        logits = torch.empty(len(given), self.vocabulary, dtype=torch.float32, device="cpu")
+        self.library.mod_head(
+            ctypes.byref(self.shape), given.data_ptr(), len(given), logits.data_ptr(), torch.get_num_threads()
+        )
+        return logits
+
 
 def native_obstacle(model: Any, blocks: Sequence[Block]) -> str | None:
     """Why the kernels can't run this model; None if they can."""
@@ -231,7 +240,9 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     if sizes != [ctypes.sizeof(kind) for kind in (_Layer, _Shape, Buffer, _Step)]:
         raise OSError(f"the kernels' records have {sizes} bytes, not those of this module")
     library.mod_step.argtypes = [_Pointer, _Pointer, ctypes.c_int32]
-    library.mod_step.restype, library.mod_step.errcheck = ctypes.c_int32, _memory  # type: ignore[assignment]
+    library.mod_head.argtypes = [_Pointer, _Pointer, _Count, _Pointer, ctypes.c_int32]
+    for call in (library.mod_step, library.mod_head):
+        call.restype, call.errcheck = ctypes.c_int32, _memory  # type: ignore[assignment]
     return library
 
 

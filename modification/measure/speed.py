@@ -48,7 +48,7 @@ class Timing:
         peak: bytes of memory above idle at the highest; None where it can't be measured.
         stored, allocated: bytes of keys and values at the end; 0 for the stock side.
         load: share of (MoD layer, token) pairs that ran in the prompt, and in decoding.
-        flops: counted for the prompts.
+        flops: counted for the prompts, as the executor runs them.
         traffic: bytes read per decode step, counted; mean over the steps.
     """
 
@@ -130,7 +130,7 @@ def time_engine(executor: Executor, model: Any, work: Work, p: float) -> Timing:
         first - start, max(choose.first for choose in given) - start, (end - first) / steps, peak.bytes,
         sum(row[-1].kv_stored for row in rows),
         sum(row[-1].kv_allocated for row in rows), (float(np.concatenate(ran, axis=1).mean()), float(routed.mean())),
-        sum(shape.prefill_flops(row.shape[1], row.sum(1).tolist()) for row in ran),
+        sum(shape.prefill_flops(row.shape[1], row.sum(1).tolist(), executor.short_end) for row in ran),
         _traffic(shape, model, ran, routed),
     )
 
