@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from modification.architectures import (
 )
 from modification.cache import RaggedCache
 from modification.config import MoDConfig, check_threshold
+from modification.errors import out_of_memory, reason
 from modification.layer import CALL, CURRENT_CALL, MoDLayer, routed_class
 from modification.routing import INITIAL_BIAS, OPEN, Router, RoutingCall, RunBlock
 from modification.threads import heed_limits
@@ -293,9 +295,14 @@ def convert(model: PreTrainedModel, config: MoDConfig | None = None) -> PreTrain
             )
         if structure is not None:
             _check_paths(model)
-    except Exception:
+    except Exception as error:
         restore(model)
-        raise
+        if structure is None or isinstance(error, ConversionError) or out_of_memory(error):
+            raise
+        raise ConversionError(
+            f"{dense_class.__name__} is known by its structure alone, and its layers fail where a MoD layer calls "
+            f"them: {reason(error)}"
+        ) from error
     return model
 
 
@@ -454,26 +461,30 @@ def _probe_dense(model: PreTrainedModel, family: Family) -> tuple[Tensor, bool]:
 
 @torch.no_grad()
 def _check_paths(model: Any) -> None:
-    """For a family known by structure alone: really skipping must give what hiding gives, cached and not."""
+    """For a family known by structure alone: really skipping must give what hiding gives, cached and not, of two rows
+    that are not equally long."""
     name, length = type(model).__name__, min(16, getattr(model.config, "max_position_embeddings", None) or 16)
-    ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size
+    ids = torch.arange(2 * length, device=model.device).view(2, length) % model.config.vocab_size
+    real = torch.ones_like(ids)
+    real[1, : length // 4] = 0
     training, p = model.training, [float(at % 2) for at in range(len(model.mod_layers))]
     model.eval()
     try:
-        masked = model(input_ids=ids, p=[p], routing="masked", use_cache=False).logits.float()
-        cache, half = model.new_cache(), length // 2
-        pieces = [
-            model(input_ids=part, p=[p], routing="gathered", past_key_values=cache).logits
-            for part in (ids[:, :half], ids[:, half:-1], ids[:, -1:])
-        ]
+        whole = model(input_ids=ids, attention_mask=real, p=[p, p], routing="masked", use_cache=False)
+        masked, cache, pieces = whole.logits.float(), model.new_cache(), []
+        for first, end in itertools.pairwise((0, length // 2, length - 1, length)):
+            pieces.append(model(
+                input_ids=ids[:, first:end], attention_mask=real[:, :end], p=[p, p], routing="gathered",
+                past_key_values=cache,
+            ).logits)
         stored, entries = cache.nbytes().stored, sum(sum(rows) for rows in cache.lengths().values())
     finally:
         model.train(training)
-    difference = (torch.cat(pieces, 1).float() - masked).abs().max().item()
+    difference = (torch.cat(pieces, 1).float() - masked)[real.bool()].abs().max().item()
     if not difference <= _tolerance(masked):
         raise ConversionError(f"{name}: skipping tokens gives logits {difference:.2g} from those of hiding them; its "
                               "layers look at other tokens in ways that routing can't follow")
-    dense = length * (model.config.num_hidden_layers - len(model.mod_layers))
+    dense = 2 * length * (model.config.num_hidden_layers - len(model.mod_layers))
     told = (dense + entries) * cache.entry_bytes
     if stored != told:
         raise ConversionError(f"{name}: its cache holds {stored} bytes where its config tells {told}; keys and values "

@@ -11,7 +11,9 @@ from transformers import AutoConfig
 from modification import MoDConfig
 from modification.executor import base
 from modification.executor.base import Stock, stock_chunk
-from modification.measure.activations import stock_bytes
+from modification.executor.choose import fast_executor
+from modification.measure.activations import fast_bytes, stock_bytes
+from modification.measure.cost import ModelShape
 from modification.measure.estimate import estimate
 from modification.measure.onpaper import on_paper
 
@@ -50,6 +52,25 @@ def test_estimated_activations_are_what_the_allocator_gives_the_stock_layers(var
     found = peak(lambda: run.prefill(tokens(1, TOKENS)[0], cache, 0.0))
     told = estimate_of(model, TOKENS)
     assert abs(found - told) <= 0.02 * found + SCRATCH, (found, told)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("variant", "sizes"), [
+    ("llama", {**SIZES, "intermediate_size": 1024}),
+    ("mistral", {**SIZES, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}),
+    ("qwen3", {**SIZES, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}),
+])
+def test_estimated_activations_are_what_the_allocator_gives_the_fast_executor(variant, sizes, dtype):
+    """As a GPU runs it, a chunk whole; keys and values lie in rooms of their own, which are not the allocator's."""
+    model = mod_model(variant, dtype=dtype, **sizes)
+    run = fast_executor(model)
+    run.native, run.on_cpu, run.rounded = None, False, False
+    for block in run.blocks:
+        block.direct = False
+    run.prefill(tokens(1, 50)[0], model.new_cache(), 0.0)
+    found = peak(lambda: run.prefill(tokens(1, TOKENS)[0], model.new_cache(), 0.0))
+    told = fast_bytes(model.config, ModelShape.of(model), TOKENS, dtype.itemsize)
+    assert found == pytest.approx(told, rel=0.02), (found, told)
 
 
 def estimate_of(model, context):

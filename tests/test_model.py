@@ -185,6 +185,19 @@ def test_a_family_that_is_not_in_the_table_is_read_off_its_structure(model_type,
     assert torch.equal(model(ids).logits, expected)
 
 
+def test_layers_that_fail_when_routed_are_refused_and_left_whole():
+    """MPT's take a mask of another kind: a sentence, and the dense model as it was."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mpt", vocab_size=97, d_model=32, n_layers=4, n_heads=4, max_seq_len=64)
+    dense = AutoModelForCausalLM.from_config(config).eval()
+    ids, name = tokens(1), type(dense)
+    expected = dense(ids).logits
+    with pytest.raises(ConversionError, match="MptForCausalLM is known by its structure alone, and its layers fail"):
+        convert(dense)
+    assert type(dense) is name
+    assert torch.equal(dense(ids).logits, expected)
+
+
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_what_cannot_be_routed_is_refused_by_name_and_reason(model_type):
     """State-space and hybrid layers, encoder-decoders, wrappers of several models: before any work."""

@@ -1,7 +1,8 @@
 """How many bytes a chunk of a prompt takes on its way through the layers, found without running it.
 
-What the fast executor holds is known from its code: a formula. The stock layers are transformers', of any family: there
-a chunk goes through the model on PyTorch's fake tensors, which have shapes and no memory
+What the fast executor holds is known from its code: a formula, and on a CPU, where a process takes several times what
+its tensors do, one that was found by measuring. The stock layers are transformers', of any family: there a chunk goes
+through the model on PyTorch's fake tensors, which have shapes and no memory
 (https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html), and each storage counts as long as it lives.
 """
 
@@ -28,17 +29,34 @@ _MOST_CHUNKS = 2000  # that are looked at one by one
 
 
 def fast_bytes(config: Any, shape: ModelShape, context: int, itemsize: int) -> int:
-    """Most that a chunk of a prompt holds at once in the fast executor, which is inside the MLP.
+    """Most that the tensors of a prompt's chunk hold at once in the fast executor, where all of it goes through a layer
+    together, as on a GPU.
 
-    Per token: three tensors as wide as the MLP; residual, its gathered part, h, norm and result; queries and
-    attention's output; keys and values; cos and sin twice. Then the logits of one token, float32. On a CPU fewer tokens
-    go through an MLP at a time, and what malloc and compiled products keep beside it is about as much as that saves:
-    this is what a process takes at its peak, several times what its tensors do.
+    Per token, inside the MLP: three tensors as wide as it is; residual, the sum with attention's result, and its norm;
+    attention's result. Or before attention: residual, norm, and queries on their way to turned ones, or (16 bits, where
+    there are norms of queries) through a norm in float32. All along cos and sin, the column, and each router's score
+    and decision.
     """
-    head = shape.attention_width // config.num_attention_heads
+    wide, width, queries = config.intermediate_size, config.hidden_size, shape.attention_width
+    numbers = max(3 * (wide + width) + queries, 2 * width + (4 if itemsize == 4 else 5) * queries)
+    per_token = (numbers + 2 * _head(config, shape)) * itemsize + 8 + 5 * len(shape.mod_layers)
+    return int(min(context, CHUNK) * per_token + 4 * config.vocab_size)
+
+
+def process_bytes(config: Any, shape: ModelShape, context: int, itemsize: int) -> int:
+    """Most that a process takes for a prompt's chunk in the fast executor on a CPU.
+
+    Fewer tokens go through a layer's products together there, so that tensors hold a third of that or less; malloc and
+    compiled products keep the rest. Per token it comes to about three tensors as wide as the MLP, five as wide as the
+    model, queries and attention's output, keys and values, and twice cos and sin.
+    """
     wide = 3 * config.intermediate_size + 5 * config.hidden_size + 2 * shape.attention_width
-    per_token = wide + shape.entry_width + 4 * head
+    per_token = wide + shape.entry_width + 4 * _head(config, shape)
     return int(min(context, CHUNK) * per_token * itemsize + 4 * config.vocab_size)
+
+
+def _head(config: Any, shape: ModelShape) -> int:
+    return shape.attention_width // int(config.num_attention_heads)
 
 
 def stock_bytes(model: nn.Module, context: int, dtype: torch.dtype) -> int:

@@ -19,7 +19,7 @@ from modification.config import LayerRule, MoDConfig
 from modification.errors import out_of_memory, reason
 from modification.executor.base import CHUNK
 from modification.executor.choose import shape_obstacle
-from modification.measure.activations import fast_bytes, stock_bytes
+from modification.measure.activations import fast_bytes, process_bytes, stock_bytes
 from modification.measure.cost import ModelShape, layer_flops
 from modification.measure.onpaper import dense_config, on_paper, own_mod
 from modification.storage import SPARE
@@ -36,12 +36,14 @@ class Device:
         flops32: the same in float32, without rounding to shorter types.
         bandwidth: bytes per second from memory.
         memory: bytes.
+        cpu: whether it is a processor's cores.
     """
 
     flops: float
     flops32: float
     bandwidth: float
     memory: float
+    cpu: bool = False
 
 
 def devices() -> dict[str, Device]:
@@ -52,7 +54,7 @@ def devices() -> dict[str, Device]:
         "a100": Device(312e12, 19.5e12, 2.0e12, 80e9),
         "l4": Device(121e12, 30e12, 0.3e12, 24e9),
         "rtx4090": Device(165e12, 82e12, 1.008e12, 24e9),
-        "cpu-2-cores": Device(0.3e12, 0.19e12, 0.04e12, 16e9),
+        "cpu-2-cores": Device(0.3e12, 0.19e12, 0.04e12, 16e9, cpu=True),
     }
 
 
@@ -149,7 +151,7 @@ def _estimated(
     own = own_mod(config)
     if own.kv != "evict":
         raise ValueError(f"estimates count what eviction saves; this model has kv={own.kv!r}")
-    activations = activation_bytes(parent, own, shape, context, dtype)
+    activations = activation_bytes(parent, own, shape, context, dtype, machine.cpu)
     sides = [
         _cost(shape, weights, activations, context, batch, share, dtype.itemsize, machine) for share in (None, load)
     ]
@@ -208,7 +210,9 @@ def _held(shape: ModelShape, layer: int, context: int, most: bool = False) -> in
     return context if window is None else min(context, window - 1 + margin(window) + CHUNK * most)
 
 
-def activation_bytes(parent: nn.Module, mod: MoDConfig, shape: ModelShape, context: int, dtype: torch.dtype) -> int:
+def activation_bytes(
+    parent: nn.Module, mod: MoDConfig, shape: ModelShape, context: int, dtype: torch.dtype, cpu: bool
+) -> int:
     """Most that a chunk of a prompt holds at once, whichever executor runs it.
 
     Args:
@@ -216,7 +220,7 @@ def activation_bytes(parent: nn.Module, mod: MoDConfig, shape: ModelShape, conte
     """
     family, config = family_of(parent), parent.config
     if shape_obstacle(family, config, mod) is None:
-        return fast_bytes(config, shape, context, dtype.itemsize)
+        return (process_bytes if cpu else fast_bytes)(config, shape, context, dtype.itemsize)
     return stock_bytes(parent, context, dtype)
 
 
