@@ -102,16 +102,6 @@ def variant_of(work, variant, out):
     return words
 
 
-@pytest.fixture(scope="module")
-def two(work):
-    """Each variant in two processes: where each lies."""
-    able = [variant for variant in VARIANTS if variant != "lora" or importlib.util.find_spec("peft")]
-    outs = {variant: work / f"two-{variant}" for variant in able}
-    (asked := work / "two.json").write_text(json.dumps([variant_of(work, *each) for each in outs.items()]))
-    finish([sys.executable, "tests/several_conversions.py", str(asked)])
-    return outs
-
-
 def test_two_processes_are_one(work, whole):
     """Under DDP (gloo): each row draws the same p, and losses, loads and weights are those of one process."""
     out = work / "two"
@@ -124,18 +114,19 @@ def test_two_processes_are_one(work, whole):
     assert_same_weights(out, whole)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_two_processes_are_one_however_it_is_trained(variant, work, two):
+def test_two_processes_are_one_however_it_is_trained(work):
     """Gradients of several passes, a low-rank change; rows that are weighted as it goes, or have little to learn."""
-    if variant == "lora":
-        pytest.importorskip("peft")
-    one, out = work / f"one-{variant}", two[variant]
-    convert(*variant_of(work, variant, one))
-    assert json.loads((out / "report.json").read_text())["distributed"] == "MULTI_CPU"
-    for ours, theirs in zip(log_of(out), log_of(one), strict=True):
-        for name in ("loss", "load", "layer_loads", "grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
-    assert_same_weights(out, one)
+    able = [variant for variant in VARIANTS if variant != "lora" or importlib.util.find_spec("peft")]
+    two, one = ({variant: work / f"{count}-{variant}" for variant in able} for count in (2, 1))
+    (asked := work / "two.json").write_text(json.dumps([variant_of(work, *each) for each in two.items()]))
+    finish([sys.executable, "tests/several_conversions.py", str(asked)])
+    for variant in able:
+        convert(*variant_of(work, variant, one[variant]))
+        assert json.loads((two[variant] / "report.json").read_text())["distributed"] == "MULTI_CPU"
+        for ours, theirs in zip(log_of(two[variant]), log_of(one[variant]), strict=True):
+            for name in ("loss", "load", "layer_loads", "grad_norm"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), variant
+        assert_same_weights(two[variant], one[variant])
 
 
 def test_sharded_processes_are_one(tmp_path, gradients):
