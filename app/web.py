@@ -41,11 +41,15 @@ class Traffic:
     def __init__(self) -> None:
         self.open = 0
 
-    def drain(self, seconds: float) -> None:
-        """Wait for them to end, so many seconds at most."""
-        until = time.monotonic() + seconds
-        while self.open and time.monotonic() < until:
+    def drain(self, seconds: float, quiet: float = 1.0) -> None:
+        """Wait until there were none for a while, so many seconds at most: a program asks for its answer, which may be
+        complete by then, in a second request."""
+        now = time.monotonic()
+        until, last = now + seconds, now
+        while now < until and now < last + quiet:
             time.sleep(0.05)
+            now = time.monotonic()
+            last = now if self.open else last
 
 
 class Guard:

@@ -32,6 +32,8 @@ def foreseen(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """What to show of an error that a library raised: its first line, and the next where the first announces it."""
+    if isinstance(error, KeyError) and len(error.args) == 1 and " " not in str(error.args[0]):
+        return f"{error.args[0]!r} is not known"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = " ".join(lines[: 1 + lines[0].endswith(":")]) if lines else type(error).__name__
     return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."

@@ -81,16 +81,19 @@ def check_sizes(folder: Path) -> None:
             raise Damaged(f"{path} has {size:,} bytes, more than any model's: at most {most:,} are read")
 
 
-def read_config(path: Path) -> Any:
+def read_config(path: Path) -> dict[str, Any]:
     """A config.json as it stands.
 
     Raises:
-        Damaged: longer than any model's, or no JSON.
+        Damaged: longer than any model's, or no JSON object.
     """
     try:
         if (size := path.stat().st_size) > _CONFIG_BYTES:
             raise Damaged(f"{path} has {size:,} bytes, more than any model's: at most {_CONFIG_BYTES:,} are read")
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise Damaged(f"{path} is a JSON {type(config).__name__}, where a model's settings by name are looked for")
+        return config
     except (ValueError, OSError, RecursionError) as error:
         if isinstance(error, Damaged):
             raise

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -233,7 +234,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise LoadError(f"{folder} is not a model folder: it has no config.json")
     check_sizes(folder)
     config = read_config(path)
-    model_type = config.get("model_type") if isinstance(config, dict) else None
+    model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise LoadError(f"{path} names no model_type")
     dense = model_type.removeprefix(PREFIX)
@@ -244,7 +245,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     check_files(folder, config)
     if model_type.startswith(PREFIX):
         try:
-            MoDConfig.from_dict(config.get("mod"))
+            MoDConfig.from_dict(cast(Any, config.get("mod")))
             if dense not in FAMILIES:
                 structured(dense, config.get("mod_structure"))
         except ValueError as error:
@@ -272,5 +273,7 @@ def _quantization(bits: str) -> Any:
             llm_int8_skip_modules=skip,
         )
     if bits == "8bit":
+        # It says at every product that it computes in float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     raise LoadError(f"quantization={bits!r}: expected '4bit', '8bit' or None")

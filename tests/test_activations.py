@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
 from modification import MoDConfig
-from modification.executor import base
+from modification.executor import base, blocks
 from modification.executor.base import Stock, stock_chunk
 from modification.executor.choose import fast_executor
 from modification.measure.activations import fast_bytes, stock_bytes
@@ -68,8 +68,33 @@ def test_estimated_activations_are_what_the_allocator_gives_the_fast_executor(va
     for block in run.blocks:
         block.direct = False
     run.prefill(tokens(1, 50)[0], model.new_cache(), 0.0)
-    found = peak(lambda: run.prefill(tokens(1, TOKENS)[0], model.new_cache(), 0.0))
-    told = fast_bytes(model.config, ModelShape.of(model), TOKENS, dtype.itemsize)
+    shape = ModelShape.of(model)
+    for p in (0.0, 0.02, 0.5):
+        done = []
+        found = peak(lambda p=p, done=done: done.append(run.prefill(tokens(1, TOKENS)[0], model.new_cache(), p)))
+        load = float(done[0].routed[:, : base.CHUNK].mean(1).max())
+        told = fast_bytes(model.config, shape, TOKENS, dtype.itemsize, load)
+        assert found == pytest.approx(told, rel=0.02), (p, load, found, told)
+
+
+def test_a_mask_of_a_sliding_window_is_in_the_estimate(monkeypatch):
+    """A GPU's attention takes one for a whole chunk, and adds it to scores; a CPU's goes some queries at a time."""
+    sizes = {**SIZES, "intermediate_size": 256, "sliding_window": 600}
+    model = mod_model("mistral-window", **sizes)
+    run = fast_executor(model)
+    run.native, run.on_cpu, run.rounded = None, False, False
+    for block in run.blocks:
+        block.direct = False
+    monkeypatch.setattr(
+        blocks, "_through_window",
+        lambda q, k, v, columns, window: blocks._sdpa(
+            q, k, v, attn_mask=blocks._visible(columns[-q.shape[1] :], columns, window)
+        ),
+    )
+    cache = model.new_cache()
+    run.prefill(tokens(1, TOKENS)[0], cache, 0.0)
+    found = peak(lambda: run.prefill(tokens(1, base.CHUNK)[0], cache, 0.0))
+    told = fast_bytes(model.config, ModelShape.of(model), 2 * TOKENS, 4)
     assert found == pytest.approx(told, rel=0.02), (found, told)
 
 

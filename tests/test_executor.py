@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from builders import (
+    DEPTH,
     REPO,
     TOLERANCE,
     VOCABULARY,
@@ -80,7 +81,8 @@ def same(found, expected, dtype=torch.float32):
     torch.testing.assert_close(found[0], expected[0], **TOLERANCE[dtype])
     torch.testing.assert_close(torch.from_numpy(found[1]), torch.from_numpy(expected[1]), **TOLERANCE[dtype])
     assert np.array_equal(found[2], expected[2])
-    assert found[3].lengths() == expected[3].lengths()
+    ours, theirs = ({at: rows or [0] for at, rows in each[3].lengths().items()} for each in (found, expected))
+    assert ours == theirs
     assert found[3].get_seq_length() == expected[3].get_seq_length()
 
 
@@ -103,6 +105,34 @@ def test_fast_equals_stock_in_bf16(variant, decoder):
         run(fast(model, decoder), model, ids[0], 25, 0.0), run(Stock(model, "test"), model, ids[0], 25, 0.0),
         torch.bfloat16,
     )
+
+
+@every_decoder
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen3"])
+@pytest.mark.parametrize("anchors", [0, 3])
+@pytest.mark.parametrize("size", [7, 100])
+def test_a_routed_last_layer_gives_the_last_tokens_result(variant, decoder, anchors, size, monkeypatch):
+    """Whether that token runs there or not, in chunks too; what follows finds all keys and values."""
+    monkeypatch.setattr(base, "CHUNK", size)
+    model, ids = mod_model(variant, MoDConfig(layers=(1, DEPTH - 1), anchors=anchors)), tokens(1, 40)
+    ended = set()
+    for p in (0.0, safe_threshold(model, ids), 1.0):
+        for length in range(22, 30):
+            found = run(fast(model, decoder), model, ids[0], length, p)
+            same(found, run(Stock(model, "test"), model, ids[0], length, p))
+            ended.add(bool(found[2][-1, length - 1]))
+    assert ended == {True, False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_head_is_the_model_s(dtype):
+    """Norm and vocabulary, of one row and of several."""
+    model, noise = mod_model("llama", dtype=dtype), torch.Generator().manual_seed(0)
+    for rows in (1, 5):
+        x = torch.randn(rows, model.config.hidden_size, generator=noise).to(dtype)
+        found = fast(model).native.head(x)
+        assert found.dtype == torch.float32
+        assert_close(found.to(dtype), model.lm_head(model.model.norm(x)))
 
 
 def test_rows_that_grow_at_unlike_times_are_each_what_they_are_alone():

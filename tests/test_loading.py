@@ -205,7 +205,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
 def test_a_damaged_config_is_refused(folder, text):
     """Not JSON, or no model type in it."""
     (folder / "config.json").write_text(text)
-    refused(folder, r"not valid JSON|names no model_type")
+    refused(folder, r"not valid JSON|names no model_type|is a JSON (list|str|NoneType)")
 
 
 def test_a_binary_config_is_refused(folder):

@@ -78,11 +78,10 @@ def test_prefill_flops_of_a_short_end_are_those_torch_counts(p, layers):
         done = executor.prefill(ids[0], model.new_cache(), p)
     ran = done.routed.sum(1).tolist()
     counts = dict.fromkeys(range(DEPTH), 200) | dict(zip(model.mod_layers, ran, strict=True))
-    end = counts.pop(DEPTH - 1)
-    counted = shape.prefill_flops(200, ran, executor.short_end) + hidden_half(shape, counts.values())
-    if end < 200:  # the last token ran or not, which the counts don't say
-        weights = shape.layer_weights[-1] - shape.kv_weights
-        counted += (done.routed[-1, -1] - end / 200) * (2 * weights + 4 * end * shape.attention_width)
+    del counts[DEPTH - 1]  # its last token sees all that is stored
+    end = float(done.routed[-1, -1]) if DEPTH - 1 in model.mod_layers else 1.0
+    counted = shape.prefill_flops(200, ran, end) + hidden_half(shape, counts.values())
+    assert executor.short_end
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -565,22 +564,44 @@ def test_an_estimate_says_what_it_is_of_and_what_does_not_fit(tmp_path, capsys):
 @pytest.mark.parametrize(("settings", "reason"), [
     (None, "there is no such file"), ({"hidden_size": "wide"}, "hidden_size = wide"),
     ({"num_key_value_heads": 0}, "num_key_value_heads = 0"), ({"rms_norm_eps": "small"}, "rms_norm_eps.*small"),
-    ({"hidden_act": "none at all"}, "none at all"),
+    ({"hidden_act": "none at all"}, "none at all"), ({"num_key_value_heads": 3}, "num_key_value_heads=3: .*divisible"),
+    ({"rope_scaling": {"rope_type": "foo", "rope_theta": 1e4}}, "'foo' is not known"),
 ])
 def test_an_estimate_of_a_wrong_config_says_what_is_wrong(settings, reason, tmp_path, capsys):
     """With its name and value, whoever found it."""
     path = tmp_path / "config.json"
     if settings is not None:
         path.write_text(json.dumps({**dense_model("llama").config.to_dict(), **settings}))
+    for command in (["estimate", str(path)], ["bench", "--random", str(path)]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert re.search(reason, said), said
+        assert "\n" not in said.strip()
+
+
+def test_a_config_that_is_a_list_is_refused(tmp_path, capsys):
+    """And no name at all."""
+    (path := tmp_path / "config.json").write_text("[]")
     assert main(["estimate", str(path)]) == 2
-    said = capsys.readouterr().err
-    assert re.search(reason, said), said
-    assert "\n" not in said.strip()
+    assert "is a JSON list" in capsys.readouterr().err
+    assert main(["estimate", ""]) == 2
+    assert "no model is named" in capsys.readouterr().err
+
+
+def test_positions_that_are_looked_at_are_estimated_all_the_same():
+    """RoPE that stretches with the prompt, in the stock layers: of a size that its kind doesn't change."""
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    settings = dense_model("llama").config.to_dict()
+    del settings["model_type"], settings["rope_parameters"]
+    config = AutoConfig.for_model("llama", **settings, rope_parameters=scaling)
+    assert estimate(config, context=100).mod.activations > 0
 
 
 def test_bench_needs_a_model_or_a_shape(tmp_path, capsys):
-    """One of the two."""
+    """One of the two; and a file, not a folder, for its results."""
     random = ["--random", "llama-10m"]
+    assert main(["bench", *random, "--json", str(tmp_path)]) == 2
+    assert "is a folder: give a file" in capsys.readouterr().err
     for more in ([], ["x", *random], [*random, "--dense", "x"], [*random, "--device", "tpu"], [*random, "--load", "a"]):
         assert main(["bench", *more]) == 2
         assert capsys.readouterr().err.startswith("error: ")

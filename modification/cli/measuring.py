@@ -62,14 +62,17 @@ def add(commands: Any) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.json and arguments.json.is_dir():  # told now, not after the measuring
+        raise ValueError(f"--json {arguments.json} is a folder: give a file")
     for path in (arguments.json and arguments.json.parent, arguments.plots):
-        if path:  # told now, not after the measuring
+        if path:
             path.mkdir(parents=True, exist_ok=True)
-    asked = {
+    lists = {
         "contexts": numbers("--contexts", arguments.contexts, int), "batches": numbers("--batch", arguments.batch, int),
-        "loads": numbers("--load", arguments.load, float), "new_tokens": arguments.new_tokens,
-        "rounds": arguments.rounds,
+        "loads": numbers("--load", arguments.load, float),
     }
+    asked: Any = {name: list(dict.fromkeys(values)) for name, values in lists.items()}  # each once
+    asked |= {"new_tokens": arguments.new_tokens, "rounds": arguments.rounds}
     check_asked(**asked)  # before a model is made
     parent, model = _pair(arguments)
     note = executor_of(model).note
@@ -107,7 +110,8 @@ def _pair(arguments: argparse.Namespace) -> tuple[Any, Any]:
         pair = random_pair(dense_config(config), dtype or torch.float32, _layers(arguments, config))
         return pair[0].to(device), pair[1].to(device)
     options = {"dtype": dtype, "quantization": arguments.quantization, "device_map": {"": device}}
-    model: Any = as_mod(load_dense_or_mod(arguments.model, **options)[0], layers_of(arguments.layers or "inner"))
+    layers = layers_of("inner" if arguments.layers is None else arguments.layers)
+    model: Any = as_mod(load_dense_or_mod(arguments.model, **options)[0], layers)
     if arguments.dense:
         parent = load_dense_or_mod(arguments.dense, **options)[0]
         if isinstance(parent, MoDModel):
@@ -119,7 +123,7 @@ def _pair(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 def _layers(arguments: argparse.Namespace, config: Any) -> Any:
     """The MoD layers asked for; else the config's own, or the inner ones."""
-    return layers_of(arguments.layers) if arguments.layers else own_layers(config)
+    return own_layers(config) if arguments.layers is None else layers_of(arguments.layers)
 
 
 def _check_parent(name: str, parent: Any, model: Any) -> None:

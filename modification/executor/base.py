@@ -25,7 +25,7 @@ class Pass:
     """What a call reports.
 
     Attributes:
-        outputs: the logits, or memory [B * V] that holds them.
+        outputs: the logits, or memory [B * V] that holds them; compiled kernels make float32 of any type's.
         scores: router gates per MoD layer, [M, N] for N tokens or rows.
         routed: whether they ran there, [M, N].
         likeliest: each row's likeliest token and its log-probability, B of them, where they were found on the way.

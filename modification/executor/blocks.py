@@ -42,12 +42,18 @@ class Block:
     def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, W] -> queries [H, N, D], keys and values [G, N, D], with RoPE."""
         normed = self.norm(x)
-        q = self._heads(self.attention.q_proj, normed, self.q_norm)
-        return rotate(q, *rotation), *self._entries(normed, rotation)
+        return self._queries(normed, rotation), *self._entries(normed, rotation)
+
+    def queries(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """Queries alone."""
+        return self._queries(self.norm(x), rotation)
 
     def entries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Keys and values alone."""
         return self._entries(self.norm(x), rotation)
+
+    def _queries(self, normed: Tensor, rotation: Rotation) -> Tensor:
+        return rotate(self._heads(self.attention.q_proj, normed, self.q_norm), *rotation)
 
     def _entries(self, normed: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         k = self._heads(self.attention.k_proj, normed, self.k_norm)
@@ -138,8 +144,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, windo
 
 def _visible(own: Tensor, columns: Tensor, window: int) -> Tensor:
     """Which stored columns [K] the tokens at ``own`` [N] see: [N, K]."""
-    distance = own[:, None] - columns[None]
-    return (distance >= 0) & (distance < window)
+    seen = columns[None] <= own[:, None]  # no table of distances: that would be eight times as large
+    return seen.logical_and_(columns[None] > (own - window)[:, None])
 
 
 def _through_window(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, window: int) -> Tensor:

@@ -112,8 +112,8 @@ class Fast(Executor):
             if index + 1 < len(self.blocks):
                 self._layer(block, x, pieces, own, rotation, store)
             else:
-                runs = last and (chosen is None or (len(chosen) > 0 and bool(chosen[-1] == len(ids) - 1)))
-                x = self._end(block, x, pieces, own, rotation, store, runs)
+                ran = None if chosen is None else routed[at - 1]
+                x = self._end(block, x, pieces, own, rotation, store, last, ran)
         cache.advance_all(len(ids))
         logits = self._head(x) if last else x.new_empty(0)
         return Pass(logits, scores.cpu().numpy(), routed.cpu().numpy())
@@ -140,20 +140,21 @@ class Fast(Executor):
 
     def _end(
         self, block: Block, x: Tensor, pieces: Sequence[_Piece], columns: Tensor, rotation: Rotation, store: Any,
-        runs: bool,
+        last: bool, ran: Tensor | None,
     ) -> Tensor:
         """The last layer, of which nobody needs more than keys, values and the last token's result: that one, [1, W].
 
         Args:
-            runs: whether the last token goes through it.
+            last: whether the token's result is needed at all.
+            ran: which tokens go through the layer, [N]; None: all.
         """
         stored = store.add(*_in_pieces(Block.entries, block, x, pieces, rotation), columns) if pieces else None
         x = x[-1:].clone()  # no view: it would keep the whole of x
-        if stored is None or not runs:
+        if stored is None or not last:
             return x
-        q, _, _ = self._project(block, x, (rotation[0][-1:], rotation[1][-1:]))
+        q = block.queries(x, (rotation[0][-1:], rotation[1][-1:]))
         end: Tensor = self._finish(block, x, _attend(block, q, stored, store))
-        return end
+        return end if ran is None else torch.where(ran[-1:, None], end, x)  # asking would wait for the device
 
     def _pieces(self, length: int, chosen: Tensor | None) -> list[_Piece]:
         """A layer's tokens in parts, each filled up by at most an eighth.

@@ -1,6 +1,6 @@
 """Dense against routed over contexts, batches and loads: what the clock and the allocator say, against the ideal.
 
-Ideal is counted work: the dense parent's FLOPs over the routed ones for the prompt, bytes read for decoding.
+Ideal is counted work, that of our engine at p = 0 over that at the load: FLOPs for the prompt, bytes read for decoding.
 Efficiency is the speed-up that arrived over the ideal one; 1 means that all that routing saves is on the clock.
 """
 
@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from modification.architectures import refuse
 from modification.config import MoDConfig
 from modification.executor import executor_of
 from modification.executor.choose import fast_executor
 from modification.measure.estimate import devices, estimate
+from modification.measure.onpaper import on_paper
 from modification.measure.speed import (
     Timing,
     Work,
@@ -51,7 +53,8 @@ class Result:
         peak_mb: memory above idle; None where it can't be measured.
         kv_stored_mb, kv_allocated_mb: keys and values at the end; None for the stock side.
         estimated_mb: keys, values and activations as the estimator foretells them for the load that was reached.
-        ideal, speed_up, efficiency: of (prefill, decode), over the faster dense side; None for dense sides.
+        ideal, speed_up, efficiency: of (prefill, decode); work over our engine's at p = 0, time over the faster dense
+            side's, and the latter over the former; None for dense sides.
     """
 
     context: int
@@ -63,6 +66,7 @@ class Result:
     prefill_s: float
     prefill_spread: float
     first_token_s: float
+    first_token_spread: float
     decode_tps: float
     decode_spread: float
     peak_mb: float | None
@@ -75,7 +79,13 @@ class Result:
 
 
 def random_pair(config: PreTrainedConfig, dtype: torch.dtype, layers: Any = "inner") -> tuple[Any, Any]:
-    """A dense model of that shape with random weights, and its MoD version with scattered routers."""
+    """A dense model of that shape with random weights, and its MoD version with scattered routers.
+
+    Raises:
+        ValueError: there is no such model, or it can't be routed.
+    """
+    refuse(config, "this model")
+    on_paper(config)  # a config that doesn't add up is told at once
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parent = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -201,12 +211,13 @@ def _tell_round(tell: Callable[[str], None], where: str, rounds: int, done: int)
 
 def _result(context: int, batch: int, side: str, p: float | None, timings: list[Timing]) -> Result:
     (prefill, prefill_spread), (step, step_spread) = median(timings, "prefill"), median(timings, "decode")
+    first, first_spread = median(timings, "first_token")
     one, ours = timings[0], p is not None
     peaks = [timing.peak for timing in timings if timing.peak is not None]
     return Result(
-        context, batch, side, p, *one.load, prefill, prefill_spread, median(timings, "first_token")[0], batch / step,
-        batch / step * step_spread / step, max(peaks) / _MB if peaks else None, one.stored / _MB if ours else None,
-        one.allocated / _MB if ours else None,
+        context, batch, side, p, *one.load, prefill, prefill_spread, first, first_spread,
+        batch / step, batch / step * step_spread / step, max(peaks) / _MB if peaks else None,
+        one.stored / _MB if ours else None, one.allocated / _MB if ours else None,
     )
 
 

@@ -22,7 +22,7 @@ def table(results: Sequence[Result]) -> str:
     ]
     lines += [
         f"| {r.context:,} | {r.batch} | {r.side} | {r.load_prompt:.2f} / {r.load_decode:.2f} "
-        f"| {r.prefill_s:.3f} ± {r.prefill_spread:.3f} | {r.first_token_s:.3f} "
+        f"| {r.prefill_s:.3f} ± {r.prefill_spread:.3f} | {r.first_token_s:.3f} ± {r.first_token_spread:.3f} "
         f"| {r.decode_tps:.1f} ± {r.decode_spread:.1f} | {_number(r.peak_mb)} ({_number(r.estimated_mb)}) "
         f"| {_pair((r.kv_stored_mb, r.kv_allocated_mb), 1)} | {_pair(r.ideal)} | {_pair(r.speed_up)} "
         f"| {_pair(r.efficiency)} |"
@@ -63,7 +63,7 @@ def growth(results: Sequence[Result]) -> list[str]:
         slopes = {}
         for side in dict.fromkeys(result.side for result in results):
             rows = [result for result in results if (result.batch, result.side) == (batch, side)]
-            if len(rows) > 1 and rows[0].p is not None:
+            if len({result.context for result in rows}) > 1 and rows[0].p is not None:
                 slopes[side] = np.polyfit([r.context for r in rows], [batch / r.decode_tps for r in rows], 1)[0]
         lines += [
             f"batch {batch}: seconds a token of context adds to a decode step, {side} / dense: "

@@ -92,14 +92,14 @@ class ModelShape:
         window = self.window(layer)
         return context if window is None else min(context, window)
 
-    def prefill_flops(self, tokens: int, ran: Sequence[int] | None = None, short_end: bool = False) -> int:
+    def prefill_flops(self, tokens: int, ran: Sequence[int] | None = None, end: float | None = None) -> int:
         """FLOPs of a prompt of ``tokens`` from an empty cache, logits of the last token alone.
 
         Args:
             ran: tokens that ran in each MoD layer, [M], evenly spread over the prompt where there are sliding windows;
                 None for the dense parent.
-            short_end: the last layer makes keys and values, and the last token's result alone, as the fast executor
-                does; not so, all results, as transformers does.
+            end: where the last layer makes keys and values, and the last token's result alone, as in the fast
+                executor: whether that token runs there (on paper, how likely). None: all results, as in transformers.
         """
         counts = [tokens] * self.depth
         for layer, count in zip(self.mod_layers if ran is not None else (), ran or (), strict=True):
@@ -109,16 +109,15 @@ class ModelShape:
             layer_flops(self, layer, n, pairs(n, max(1, round(self.visible(layer, tokens) * n / tokens))))
             for layer, n in enumerate(counts)
         )
-        return layers - short_end * self._unneeded(tokens, counts[-1]) + 2 * self.head_weights + routers
+        unneeded = 0 if end is None else self._unneeded(tokens, counts[-1], end)
+        return layers - unneeded + 2 * self.head_weights + routers
 
-    def _unneeded(self, tokens: int, count: int) -> int:
-        """FLOPs of ``count`` tokens' results in the last layer, keys and values not counted, without the last token's,
-        which runs as likely as any."""
-        layer, share = self.depth - 1, count / tokens
-        met = max(1, round(self.visible(layer, tokens) * share))
-        weights = self.layer_weights[layer] - self.kv_weights
-        own = share * flops(weights, self.attention_width, 1, met)
-        return flops(weights, self.attention_width, count, pairs(count, met)) - round(own)
+    def _unneeded(self, tokens: int, count: int, end: float) -> int:
+        """FLOPs of ``count`` tokens' results in the last layer, keys and values not counted, less the last token's."""
+        layer = self.depth - 1
+        met, weights = round(self.visible(layer, tokens) * count / tokens), self.layer_weights[layer] - self.kv_weights
+        own = end * flops(weights, self.attention_width, 1, max(1, met))
+        return flops(weights, self.attention_width, count, pairs(count, max(1, met))) - round(own)
 
     def decode_bytes(
         self, itemsize: int, entries: npt.NDArray[np.int64], ran: npt.NDArray[np.bool_] | None = None,

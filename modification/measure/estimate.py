@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from modification.architectures import family_of, refuse
 from modification.cache import margin
@@ -151,9 +150,14 @@ def _estimated(
     own = own_mod(config)
     if own.kv != "evict":
         raise ValueError(f"estimates count what eviction saves; this model has kv={own.kv!r}")
-    activations = activation_bytes(parent, own, shape, context, dtype, machine.cpu)
+    fast = shape_obstacle(family_of(parent), parent.config, own) is None
+    stock = 0 if fast else stock_bytes(parent, context, dtype)
     sides = [
-        _cost(shape, weights, activations, context, batch, share, dtype.itemsize, machine) for share in (None, load)
+        _cost(
+            shape, weights, _fast_activations(parent.config, shape, context, share, dtype, machine) if fast else stock,
+            context, batch, share, dtype.itemsize, machine, fast,
+        )
+        for share in (None, load)
     ]
     return Estimate(sides[0], sides[1], mod_layers)
 
@@ -210,18 +214,12 @@ def _held(shape: ModelShape, layer: int, context: int, most: bool = False) -> in
     return context if window is None else min(context, window - 1 + margin(window) + CHUNK * most)
 
 
-def activation_bytes(
-    parent: nn.Module, mod: MoDConfig, shape: ModelShape, context: int, dtype: torch.dtype, cpu: bool
+def _fast_activations(
+    config: Any, shape: ModelShape, context: int, load: float | None, dtype: torch.dtype, device: Device
 ) -> int:
-    """Most that a chunk of a prompt holds at once, whichever executor runs it.
-
-    Args:
-        parent: on the meta device; it is of no use afterwards.
-    """
-    family, config = family_of(parent), parent.config
-    if shape_obstacle(family, config, mod) is None:
-        return (process_bytes if cpu else fast_bytes)(config, shape, context, dtype.itemsize)
-    return stock_bytes(parent, context, dtype)
+    if device.cpu:
+        return process_bytes(config, shape, context, dtype.itemsize)
+    return fast_bytes(config, shape, context, dtype.itemsize, load)
 
 
 def growth_bytes(shape: ModelShape, context: int, itemsize: int) -> int:
@@ -232,11 +230,12 @@ def growth_bytes(shape: ModelShape, context: int, itemsize: int) -> int:
 
 def _cost(
     shape: ModelShape, weights: int, activations: int, context: int, batch: int, load: float | None, itemsize: int,
-    device: Device,
+    device: Device, fast: bool,
 ) -> Cost:
     routed = 0 if load is None else len(shape.mod_layers)
     ran = None if load is None else [round(load * context)] * routed
-    prefill = batch * shape.prefill_flops(context, ran)
+    end = load if load is not None and shape.depth - 1 in shape.mod_layers else 1.0
+    prefill = batch * shape.prefill_flops(context, ran, end if fast else None)
     # A token runs with probability `load` and then meets that share of the context, or of its window.
     shares = [load if load is not None and layer in shape.mod_layers else 1.0 for layer in range(shape.depth)]
     keys = [part * shape.visible(layer, context) for layer, part in enumerate(shares)]

@@ -27,6 +27,8 @@ def config_of(source: str) -> Any:
     Raises:
         ValueError: none of these, or a kind of model whose cost isn't known here.
     """
+    if not source.strip():
+        raise ValueError("no model is named: give a folder, a config.json, a Hub id or a preset")
     try:
         path = Path(source).expanduser()
         there = path.exists()
@@ -69,6 +71,10 @@ def own_layers(config: Any) -> Any:
 def on_paper(config: Any) -> nn.Module:
     """The dense model on the meta device: shapes without memory."""
     config = copy.deepcopy(dense_config(config))
+    heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if type(heads) is type(shared) is int and heads % shared:
+        raise ValueError(f"num_attention_heads={heads}, num_key_value_heads={shared}: the one must be divisible by the "
+                         "other")
     config.dtype = None  # or torch's default would be another meanwhile, for all threads
     try:
         with torch.device("meta"):

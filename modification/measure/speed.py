@@ -130,7 +130,7 @@ def time_engine(executor: Executor, model: Any, work: Work, p: float) -> Timing:
         first - start, max(choose.first for choose in given) - start, (end - first) / steps, peak.bytes,
         sum(row[-1].kv_stored for row in rows),
         sum(row[-1].kv_allocated for row in rows), (float(np.concatenate(ran, axis=1).mean()), float(routed.mean())),
-        sum(shape.prefill_flops(row.shape[1], row.sum(1).tolist(), executor.short_end) for row in ran),
+        sum(shape.prefill_flops(row.shape[1], row.sum(1).tolist(), _end(executor, shape, row)) for row in ran),
         _traffic(shape, model, ran, routed),
     )
 
@@ -248,6 +248,13 @@ def _traffic(
     steps = zip(entries, routed, strict=True)
     total = sum(shape.decode_bytes(model.dtype.itemsize, met, step, layer_bytes) for met, step in steps)
     return total / len(routed)
+
+
+def _end(executor: Executor, shape: ModelShape, ran: npt.NDArray[np.bool_]) -> float | None:
+    """What :meth:`ModelShape.prefill_flops` asks of a prompt's decisions [M, T]."""
+    if not executor.short_end:
+        return None
+    return float(ran[-1, -1]) if shape.depth - 1 in shape.mod_layers else 1.0
 
 
 def _weight_bytes(layer: Any) -> tuple[float, float]:
