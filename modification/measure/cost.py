@@ -172,7 +172,7 @@ def _sizes(layer: Any, config: Any) -> tuple[int, int, float]:
 
 @dataclass(slots=True)
 class CostMeter:
-    """Adds up FLOPs step by step, for the model as routed and for its dense parent.
+    """Adds up FLOPs step by step, for the model as routed and for its dense parent, all layers counted whole.
 
     Attributes:
         routed: FLOPs counted for the MoD model.

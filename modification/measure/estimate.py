@@ -63,7 +63,8 @@ class Cost:
 
     Attributes:
         weights, kv, activations: bytes; ``kv`` at the full context, spare room of the buffers included for MoD.
-        prefill_flops: for all prompts.
+        prefill_flops: for all prompts; where the fast executor runs the model, the last layer's results but the last
+            token's are not among them, dense or routed.
         decode_flops, decode_bytes: per step, one token of each row, at the full context.
         prefill_seconds, decode_seconds: at the device's peaks; decode per step.
         bound: what limits each phase, ``"compute"`` or ``"memory"``.
