@@ -26,7 +26,7 @@ INTRODUCTION = """# The paper's headline, worked out
 MoDification ([arXiv 2410.14268](https://arxiv.org/abs/2410.14268)) reports up to 1.2x speed and 1.8x less memory. This
 page works out what its idea could give at best, by counting FLOPs and bytes. **Every figure here is estimated**, none
 is measured; `python -m benchmarks.headline` writes the page, and `python -m modification estimate` answers for any
-other shape. Prompts are counted as the fast executor runs them, dense or routed: their last layer makes keys and values,
+other shape. Prompts are counted as the fast executor runs them, dense or routed: their last layer makes keys, values
 and the last token's result alone.
 """
 
