@@ -6,7 +6,8 @@ are. Shapes: N tokens, W width, H query heads, G key heads, D head width, K stor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,22 @@ _SHARED = 4  # rows from which widening a weight pays
 _QUERIES = 512  # that look through a sliding window together on a CPU: bounds the mask
 
 
+class Widened:
+    """Weights of 16 bits in float32, one at a time, in memory that is used again: fresh memory for each would cost as
+    much as the product of few rows. For one thread."""
+
+    def __init__(self) -> None:
+        self._room = torch.empty(0, dtype=torch.float32, device="cpu")
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """A weight in float32, until the next one is asked for."""
+        if weight.dtype == torch.float32:
+            return weight
+        if self._room.numel() < weight.numel():
+            self._room = torch.empty(weight.numel(), dtype=torch.float32, device="cpu")
+        return self._room[: weight.numel()].view_as(weight).copy_(weight)
+
+
 class Block:
     """One layer; plain functions of its modules.
 
@@ -29,15 +46,23 @@ class Block:
             which uses what any processor has, where torch's own choice (MKL) takes a slow way on those of some makers.
             oneDNN compiles for every number of rows that occurs, and keeps it: few numbers should occur. Weights of
             16 bits are widened for each product that some rows share, which costs little.
+        widened: what widens them.
     """
 
     direct = False
+    widened: Callable[[Tensor], Tensor] = staticmethod(Tensor.float)
 
     def __init__(self, layer: Any, head: int, router: Any, window: int | None) -> None:
         self.attention, self.mlp = layer.self_attn, layer.mlp
         self.norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.q_norm, self.k_norm = (getattr(self.attention, name, None) for name in ("q_norm", "k_norm"))
         self.head, self.router, self.window = head, router, window
+
+    def widening(self, widened: Widened) -> Block:
+        """The same layer, with memory to widen weights in."""
+        block = copy.copy(self)
+        block.widened = widened
+        return block
 
     def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, W] -> queries [H, N, D], keys and values [G, N, D], with RoPE."""
@@ -80,7 +105,8 @@ class Block:
     def _linear(self, part: Any, x: Tensor) -> Tensor:
         if self.direct and (x.dtype == torch.float32 or len(x) >= _SHARED):
             bias = None if part.bias is None else part.bias.float()
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x.float(), part.weight.float(), bias, "none", [], "")
+            weight = self.widened(part.weight)
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x.float(), weight, bias, "none", [], "")
             return out.to(x.dtype)
         out = part(x)
         return out

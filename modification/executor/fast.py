@@ -20,7 +20,7 @@ from torch import Tensor
 from modification.cache import RaggedCache
 from modification.config import Threshold, threshold_at
 from modification.executor.base import Executor, Pass
-from modification.executor.blocks import Block, Rotation, attend, direct_pays, stacked_routers, to_device
+from modification.executor.blocks import Block, Rotation, Widened, attend, direct_pays, stacked_routers, to_device
 from modification.executor.native import NativeDecoder, native_obstacle
 from modification.routing import OPEN, bend
 
@@ -98,8 +98,8 @@ class Fast(Executor):
         # their room for the next layer's.
         scores = torch.empty(len(self.routers), len(ids), dtype=torch.float32, device=ids.device)
         routed = torch.empty(scores.shape, dtype=torch.bool, device=ids.device)
-        at = 0
-        for index, block in enumerate(self.blocks):
+        at, widened = 0, Widened()
+        for index, block in enumerate(each.widening(widened) for each in self.blocks):
             chosen = None
             if block.router is not None:
                 scores[at] = self._score(x, slice(at, at + 1))[:, 0]
