@@ -81,8 +81,7 @@ def same(found, expected, dtype=torch.float32):
     torch.testing.assert_close(found[0], expected[0], **TOLERANCE[dtype])
     torch.testing.assert_close(torch.from_numpy(found[1]), torch.from_numpy(expected[1]), **TOLERANCE[dtype])
     assert np.array_equal(found[2], expected[2])
-    ours, theirs = ({at: rows or [0] for at, rows in each[3].lengths().items()} for each in (found, expected))
-    assert ours == theirs
+    assert found[3].lengths() == expected[3].lengths()
     assert found[3].get_seq_length() == expected[3].get_seq_length()
 
 
@@ -116,7 +115,7 @@ def test_a_routed_last_layer_gives_the_last_tokens_result(variant, decoder, anch
     monkeypatch.setattr(base, "CHUNK", size)
     model, ids = mod_model(variant, MoDConfig(layers=(1, DEPTH - 1), anchors=anchors)), tokens(1, 40)
     ended = set()
-    for p in (0.0, safe_threshold(model, ids), 1.0):
+    for p in (0.0, safe_threshold(model, ids), *([1.0] if anchors else [])):  # some entries in every layer
         for length in range(22, 30):
             found = run(fast(model, decoder), model, ids[0], length, p)
             same(found, run(Stock(model, "test"), model, ids[0], length, p))

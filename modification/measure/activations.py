@@ -48,9 +48,9 @@ def fast_bytes(
     turns = 2 * _head(config, shape) * itemsize
     inside = (3 * (wide + width) + queries) * itemsize
     before = (2 * width + (4 if itemsize == 4 else 5) * queries) * itemsize
-    windows = [window for layer in range(shape.depth) if (window := shape.window(layer)) and window < context]
-    keys = min(context, max(windows, default=0) + margin(max(windows)) + CHUNK) if windows else 0
-    through = (width + 2 * queries + shape.entry_width) * itemsize + keys * (1 + itemsize) if windows else 0
+    windowed = [layer for layer in range(shape.depth) if shape.visible(layer, context) < context]
+    keys = [held(shape, layer, context, most=True) for layer in windowed]
+    through = (width + 2 * queries + shape.entry_width) * itemsize + max(keys) * (1 + itemsize) if keys else 0
     most = max(inside, before, through)
     if load is not None and load < 1:
         plain = set(range(shape.depth - 1)) - set(shape.mod_layers)
@@ -58,6 +58,12 @@ def fast_bytes(
         most = max(most if plain else 0, routed)
     per_token = most + turns + 8 + 5 * len(shape.mod_layers)
     return int(min(context, CHUNK) * per_token + 4 * config.vocab_size)
+
+
+def held(shape: ModelShape, layer: int, context: int, most: bool = False) -> int:
+    """Tokens whose entries a layer of ours holds at p = 0, afterwards or at ``most``."""
+    window = shape.window(layer)
+    return context if window is None else min(context, window - 1 + margin(window) + CHUNK * most)
 
 
 def process_bytes(config: Any, shape: ModelShape, context: int, itemsize: int) -> int:

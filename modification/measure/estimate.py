@@ -13,12 +13,10 @@ from typing import Any
 import torch
 
 from modification.architectures import family_of, refuse
-from modification.cache import margin
 from modification.config import LayerRule, MoDConfig
 from modification.errors import out_of_memory, reason
-from modification.executor.base import CHUNK
 from modification.executor.choose import shape_obstacle
-from modification.measure.activations import fast_bytes, process_bytes, stock_bytes
+from modification.measure.activations import fast_bytes, held, process_bytes, stock_bytes
 from modification.measure.cost import ModelShape, layer_flops
 from modification.measure.onpaper import dense_config, on_paper, own_mod
 from modification.storage import SPARE
@@ -204,15 +202,9 @@ def kv_bytes(
     entry, layers = shape.entry_width * itemsize, range(shape.depth)
     if load is None:
         return batch * entry * sum(min(context, (shape.window(layer) or context + 1) - 1) for layer in layers)
-    held = {layer: _held(shape, layer, context, most) for layer in layers}
-    entries = sum(round(load * held[layer]) if layer in shape.mod_layers else held[layer] for layer in layers)
+    tokens = {layer: held(shape, layer, context, most) for layer in layers}
+    entries = sum(round(load * tokens[layer]) if layer in shape.mod_layers else tokens[layer] for layer in layers)
     return round(batch * entries * entry * (1 + 1 / SPARE))
-
-
-def _held(shape: ModelShape, layer: int, context: int, most: bool = False) -> int:
-    """Tokens whose entries a layer of ours holds at p = 0, afterwards or at ``most``."""
-    window = shape.window(layer)
-    return context if window is None else min(context, window - 1 + margin(window) + CHUNK * most)
 
 
 def _fast_activations(
@@ -225,7 +217,7 @@ def _fast_activations(
 
 def growth_bytes(shape: ModelShape, context: int, itemsize: int) -> int:
     """Old and new buffer of one layer's keys (or values) while it grows."""
-    longest = max(_held(shape, layer, context, most=True) for layer in range(shape.depth))
+    longest = max(held(shape, layer, context, most=True) for layer in range(shape.depth))
     return longest * shape.entry_width * itemsize // 2
 
 
