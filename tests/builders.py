@@ -283,3 +283,14 @@ def paper_hooks(dense: Any, mod: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def threads_set(count: int) -> Iterator[None]:
+    """So many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -10,6 +10,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in what tests start too: threads that share a busy core wait in vain
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest

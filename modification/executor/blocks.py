@@ -7,7 +7,7 @@ are. Shapes: N tokens, W width, H query heads, G key heads, D head width, K stor
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,41 +16,22 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from modification.architectures import head_width, rotate
+from modification.executor.products import SHARED, Products
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, [N, D]
-_SHARED = 4  # rows from which widening a weight pays
 _QUERIES = 512  # that look through a sliding window together on a CPU: bounds the mask
-
-
-class Widened:
-    """Weights of 16 bits in float32, one at a time, in memory that is used again: fresh memory for each would cost as
-    much as the product of few rows. For one thread."""
-
-    def __init__(self) -> None:
-        self._room = torch.empty(0, dtype=torch.float32, device="cpu")
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """A weight in float32, until the next one is asked for."""
-        if weight.dtype == torch.float32:
-            return weight
-        if self._room.numel() < weight.numel():
-            self._room = torch.empty(weight.numel(), dtype=torch.float32, device="cpu")
-        return self._room[: weight.numel()].view_as(weight).copy_(weight)
 
 
 class Block:
     """One layer; plain functions of its modules.
 
     Attributes:
-        direct: its projections are plain ones on a CPU and its MLP is SiLU's: products go through oneDNN in float32,
-            which uses what any processor has, where torch's own choice (MKL) takes a slow way on those of some makers.
-            oneDNN compiles for every number of rows that occurs, and keeps it: few numbers should occur. Weights of
-            16 bits are widened for each product that some rows share, which costs little.
-        widened: what widens them.
+        direct: its projections are plain ones on a CPU and its MLP is SiLU's: ``products`` makes them.
+        products: set for a thread by :meth:`using`.
     """
 
     direct = False
-    widened: Callable[[Tensor], Tensor] = staticmethod(Tensor.float)
+    products: Products
 
     def __init__(self, layer: Any, head: int, router: Any, window: int | None) -> None:
         self.attention, self.mlp = layer.self_attn, layer.mlp
@@ -58,10 +39,10 @@ class Block:
         self.q_norm, self.k_norm = (getattr(self.attention, name, None) for name in ("q_norm", "k_norm"))
         self.head, self.router, self.window = head, router, window
 
-    def widening(self, widened: Widened) -> Block:
-        """The same layer, with memory to widen weights in."""
+    def using(self, products: Products) -> Block:
+        """The same layer with what makes its products."""
         block = copy.copy(self)
-        block.widened = widened
+        block.products = products
         return block
 
     def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,20 +84,10 @@ class Block:
         return self._linear(mlp.down_proj, wide)
 
     def _linear(self, part: Any, x: Tensor) -> Tensor:
-        if self.direct and (x.dtype == torch.float32 or len(x) >= _SHARED):
-            bias = None if part.bias is None else part.bias.float()
-            weight = self.widened(part.weight)
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x.float(), weight, bias, "none", [], "")
-            return out.to(x.dtype)
-        out = part(x)
+        if self.direct and (x.dtype == torch.float32 or len(x) >= SHARED):
+            return self.products(x, part)
+        out: Tensor = part(x)
         return out
-
-
-def direct_pays(dtype: torch.dtype) -> bool:
-    """Whether this torch has the product that ``Block.direct`` takes, and on this processor none as good for dtype."""
-    if not torch._C._has_mkldnn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    return dtype == torch.float32 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def blocks_of(model: Any, routed: bool = True) -> list[Block]:

@@ -20,8 +20,9 @@ from torch import Tensor
 from modification.cache import RaggedCache
 from modification.config import Threshold, threshold_at
 from modification.executor.base import Executor, Pass
-from modification.executor.blocks import Block, Rotation, Widened, attend, direct_pays, stacked_routers, to_device
+from modification.executor.blocks import Block, Rotation, attend, stacked_routers, to_device
 from modification.executor.native import NativeDecoder, native_obstacle
+from modification.executor.products import Products, direct_pays
 from modification.routing import OPEN, bend
 
 if TYPE_CHECKING:  # it needs Triton
@@ -82,12 +83,18 @@ class Fast(Executor):
         direct = not compiled and native_obstacle(model, blocks) is None and direct_pays(model.dtype)
         for block in blocks:
             block.direct = direct
-        self.rounded = self.on_cpu and (model.dtype == torch.bfloat16 or blocks[0].direct)
+        ours = direct and native is not None and model.dtype == torch.bfloat16
+        self.rounded = self.on_cpu and not ours and (model.dtype == torch.bfloat16 or direct)
         self.routers, self.biases = stacked_routers(blocks, model.config.hidden_size)
         dial = model.mod_config.dial
         self.dial = torch.tensor(dial, dtype=torch.float32, device=model.device) if dial else None
         self._project: Any = torch.compile(Block.project, dynamic=True) if compiled else Block.project
         self._finish: Any = torch.compile(Block.finish, dynamic=True) if compiled else Block.finish
+
+    def _own_blocks(self) -> list[Block]:
+        """The layers, for one thread."""
+        products = Products(None if self.native is None else self.native.library)
+        return [block.using(products) for block in self.blocks]
 
     def _chunk(self, ids: Tensor, cache: RaggedCache, p: Threshold, last: bool) -> Pass:
         past = cache.get_seq_length()
@@ -98,8 +105,8 @@ class Fast(Executor):
         # their room for the next layer's.
         scores = torch.empty(len(self.routers), len(ids), dtype=torch.float32, device=ids.device)
         routed = torch.empty(scores.shape, dtype=torch.bool, device=ids.device)
-        at, widened = 0, Widened()
-        for index, block in enumerate(each.widening(widened) for each in self.blocks):
+        at, blocks = 0, self._own_blocks()
+        for index, block in enumerate(blocks):
             chosen = None
             if block.router is not None:
                 scores[at] = self._score(x, slice(at, at + 1))[:, 0]
@@ -109,7 +116,7 @@ class Fast(Executor):
                     chosen = None
             pieces, store = self._pieces(len(ids), chosen), cache.layers[index]
             own = columns if chosen is None else columns[chosen]
-            if index + 1 < len(self.blocks):
+            if index + 1 < len(blocks):
                 self._layer(block, x, pieces, own, rotation, store)
             else:
                 ran = None if chosen is None else routed[at - 1]
@@ -157,11 +164,11 @@ class Fast(Executor):
         return end if ran is None else torch.where(ran[-1:, None], end, x)  # asking would wait for the device
 
     def _pieces(self, length: int, chosen: Tensor | None) -> list[_Piece]:
-        """A layer's tokens in parts, each filled up by at most an eighth.
+        """A layer's tokens in parts, each filled up by at most an eighth or not at all.
 
         On a CPU all but attention goes few tokens at a time: what lives inside a layer would take more memory than all
-        else. Products of some types are compiled for every number of rows that occurs, and kept, which comes to
-        hundreds of MB over a long prompt. So few numbers should occur.
+        else. oneDNN compiles its products for every number of rows that occurs, and keeps them, which comes to hundreds
+        of MB over a long prompt. So few numbers should occur there.
         """
         count, pieces = length if chosen is None else len(chosen), list[_Piece]()
         parts = -(-count // PIECE) if self.on_cpu else min(count, 1)
@@ -190,7 +197,7 @@ class Fast(Executor):
         place = _Place(places, there, self._rotation(x, there))
         ahead: list[list[float]] | None = None  # every router's gates for x as it is, [B, M]
         scores, routed = np.empty((len(self.routers), len(tokens)), np.float32), list[list[bool]]()
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self._own_blocks()):
             rows = list(range(len(tokens)))
             if block.router is not None:
                 at = len(routed)
@@ -201,16 +208,16 @@ class Fast(Executor):
                 routed.append(runs)
                 rows = [row for row in rows if runs[row]]
             if rows:
-                x, ahead = self._decode_layer(index, x, rows, place, caches), None
+                x, ahead = self._decode_layer(index, block, x, rows, place, caches), None
         for cache in caches:
             cache.advance_all(1)
         return Pass(self._head(x), scores, np.array(routed, bool).reshape(scores.shape))
 
     def _decode_layer(
-        self, index: int, x: Tensor, rows: list[int], place: _Place, caches: Sequence[RaggedCache]
+        self, index: int, block: Block, x: Tensor, rows: list[int], place: _Place, caches: Sequence[RaggedCache]
     ) -> Tensor:
         """x [B, W] with the rows given run through one layer, each over its own cache."""
-        block, every = self.blocks[index], len(rows) == len(x)
+        every = len(rows) == len(x)
         where = None if every else to_device(rows, torch.int64, x.device)
         cos, sin = place.rotation
         given, turned = (x, (cos, sin)) if where is None else (x[where], (cos[where], sin[where]))

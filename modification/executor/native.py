@@ -1,4 +1,4 @@
-"""Decoding with the kernels of kernels.cpp: built once per machine, read from a cache after that.
+"""Decoding with the kernels of kernels.cpp; all kernels are built once per machine, read from a cache after that.
 
 Mirrors the structs of kernels.cpp. Weights, keys and values are passed by address and never copied, so the
 addresses are checked before each generation (``choose.executor_of``).
@@ -31,7 +31,7 @@ from modification.executor.base import Pass
 from modification.executor.blocks import Block, stacked_routers
 from modification.storage import KINDS, Buffer
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "kernels.cpp", "products.cpp"))
 # Fast maths short of -ffast-math: that one would also change how the whole process treats denormals.
 FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
@@ -217,8 +217,9 @@ def build(compiler: Sequence[str], path: Path) -> None:
     logging.getLogger("modification").warning("Compiling the CPU kernels, once on this machine (about 10 seconds)...")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
+        units = [str(source) for source in SOURCES if source.suffix == ".cpp"]
         subprocess.run(
-            [*compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True,
+            [*compiler, *FLAGS, *units, "-o", str(made)], check=True, capture_output=True, text=True,
             timeout=BUILD_SECONDS,
         )
         made.replace(path)
@@ -230,7 +231,8 @@ def _key(compiler: Sequence[str]) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=30).stdout
-    parts = (SOURCE.read_text(), " ".join(FLAGS), version, platform.machine(), platform.processor(), flags)
+    parts = [" ".join(FLAGS), version, platform.machine(), platform.processor(), flags]
+    parts += [source.read_text() for source in SOURCES]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -241,6 +243,8 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
         raise OSError(f"the kernels' records have {sizes} bytes, not those of this module")
     library.mod_step.argtypes = [_Pointer, _Pointer, ctypes.c_int32]
     library.mod_head.argtypes = [_Pointer, _Pointer, _Count, _Pointer, ctypes.c_int32]
+    library.mod_product_room.argtypes, library.mod_product_room.restype = [_Count] * 3 + [ctypes.c_int32], _Count
+    library.mod_product.argtypes, library.mod_product.restype = [_Pointer] * 5 + [_Count] * 3 + [ctypes.c_int32], None
     for call in (library.mod_step, library.mod_head):
         call.restype, call.errcheck = ctypes.c_int32, _memory  # type: ignore[assignment]
     return library

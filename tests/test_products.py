@@ -1,0 +1,70 @@
+"""Products of many bfloat16 rows by compiled kernels: right, whoever shares them, and honest about non-numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import assert_close, threads_set
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from modification.executor.native import library
+from modification.executor.products import Products, direct_pays
+
+NATIVE, WHY = library()
+pytestmark = pytest.mark.skipif(NATIVE is None, reason=f"no kernels on this machine: {WHY}")
+
+
+def given_rows(rows, inputs, outputs, bias, seed=0):
+    """Rows and a linear layer for them, of order 1."""
+    noise = torch.Generator().manual_seed(seed)
+    part = nn.Linear(inputs, outputs, bias=bias, dtype=torch.bfloat16)
+    part.weight.copy_(torch.randn(outputs, inputs, generator=noise) / inputs**0.5)
+    if bias:
+        part.bias.copy_(torch.randn(outputs, generator=noise))
+    return torch.randn(rows, inputs, generator=noise).bfloat16(), part
+
+
+@settings(max_examples=150)
+@given(
+    rows=st.integers(1, 70), inputs=st.integers(1, 100) | st.sampled_from([768, 769, 1536, 2000]),
+    outputs=st.integers(1, 40), bias=st.booleans(), threads=st.integers(1, 4), seed=st.integers(0, 99),
+)
+def test_a_product_is_the_exact_one_rounded(rows, inputs, outputs, bias, threads, seed):
+    """For any sizes, with and without a bias; and the same bits for every number of threads and each row alone."""
+    with torch.no_grad():
+        x, part = given_rows(rows, inputs, outputs, bias, seed)
+        made = Products(NATIVE)(x, part)
+        exact = nn.functional.linear(x.double(), part.weight.double(), part.bias.double() if bias else None)
+        # Half a unit in the last place of bfloat16, and what float32 sums lose.
+        assert ((made.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+        with threads_set(threads):
+            assert torch.equal(Products(NATIVE)(x, part), made)
+        assert torch.equal(torch.cat([Products(NATIVE)(row[None], part) for row in x]), made)
+
+
+def test_memory_that_is_used_again_changes_nothing():
+    """A large product, a small one, the large one again; nothing but the sizes' own memory is written."""
+    products, (x, part), (y, other) = Products(NATIVE), given_rows(50, 1600, 30, True), given_rows(3, 20, 7, False)
+    first, small = products(x, part), products(y, other)
+    assert torch.equal(products(x, part), first)
+    assert torch.equal(small, Products(NATIVE)(y, other))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(value):
+    """In its row and output, and nowhere else."""
+    x, part = given_rows(20, 50, 13, False)
+    clean = Products(NATIVE)(x, part)
+    x[4, 7] = value
+    made = Products(NATIVE)(x, part)
+    assert not made[4].isfinite().any()
+    rest = torch.arange(20) != 4
+    assert torch.equal(made[rest], clean[rest])
+
+
+@pytest.mark.skipif(not direct_pays(torch.bfloat16), reason="this processor has bfloat16 products of its own")
+def test_without_a_compiler_it_is_the_same_within_rounding():
+    x, part = given_rows(40, 300, 21, True)
+    assert_close(Products(None)(x, part), Products(NATIVE)(x, part))
