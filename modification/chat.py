@@ -17,7 +17,7 @@ from jinja2 import Environment
 
 from modification.errors import reason
 
-SECONDS = 5.0  # that a template may take; the longest are done in a hundredth of one
+SECONDS = 5.0  # of work that a template may take; the longest are done in a hundredth of one
 _TIMES, _DIGITS = 10_000, 5  # no template repeats anything so often
 _OPEN = 4  # products of unknown size, each of which may take seconds once numbers have grown long
 _OPENING = (("operator", "("), ("operator", ","))  # before a star that unpacks
@@ -66,14 +66,17 @@ class _Late(BaseException):
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Python code of this thread that runs for longer, or takes too much memory, is ended by ``_Late``."""
-    end, before, most, steps = time.monotonic() + seconds, sys.gettrace(), _resident() + _GROWTH, 0
+    """Python code of this thread that works for longer, or takes too much memory, is ended by ``_Late``.
+
+    Waiting for its turn among threads is no work: many visitors' templates may be at it on few cores.
+    """
+    end, before, most, steps = time.thread_time() + seconds, sys.gettrace(), _resident() + _GROWTH, 0
 
     def watch(frame: Any, event: str, argument: Any) -> Any:
         nonlocal steps
         steps += 1
-        if time.monotonic() > end:
-            raise _Late(f"it was not done after {seconds:g} seconds")
+        if time.thread_time() > end:
+            raise _Late(f"it was not done after {seconds:g} seconds of work")
         if steps % _LOOK == 0 and _resident() > most:
             raise _Late(f"it takes more than {_GROWTH / 1e9:.1f} GB of memory")
         return watch

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -332,6 +333,20 @@ def test_a_template_that_takes_all_memory_is_ended(monkeypatch):
     monkeypatch.setattr(chat, "_resident", lambda: next(seen) * chat._GROWTH)
     with pytest.raises(ValueError, match=r"it takes more than 1\.1 GB of memory"):
         written(tokenizer, [{"role": "user", "content": "Hi"}])
+
+
+def test_waiting_for_its_turn_is_not_held_against_a_template():
+    """On a busy machine a thread may stand still for long."""
+    class Slow:
+        def __str__(self):
+            time.sleep(0.3)
+            return "Hi"
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    began = time.monotonic()
+    assert written(tokenizer, [{"role": "user", "content": Slow()}], seconds=0.2) == "[Hi]"
+    assert time.monotonic() - began > 0.2
 
 
 def test_a_chat_is_written_as_its_template_says():
