@@ -335,18 +335,13 @@ def test_a_template_that_takes_all_memory_is_ended(monkeypatch):
         written(tokenizer, [{"role": "user", "content": "Hi"}])
 
 
-def test_waiting_for_its_turn_is_not_held_against_a_template():
+def test_waiting_for_its_turn_is_not_held_against_a_template(monkeypatch):
     """On a busy machine a thread may stand still for long."""
-    class Slow:
-        def __str__(self):
-            time.sleep(0.3)
-            return "Hi"
-
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    began = time.monotonic()
-    assert written(tokenizer, [{"role": "user", "content": Slow()}], seconds=0.2) == "[Hi]"
-    assert time.monotonic() - began > 0.2
+    real = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **more: time.sleep(0.4) or real(*a, **more))
+    assert written(tokenizer, [{"role": "user", "content": "Hi"}], seconds=0.2) == "[Hi]"
 
 
 def test_a_chat_is_written_as_its_template_says():
