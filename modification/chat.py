@@ -18,6 +18,7 @@ from jinja2 import Environment
 from modification.errors import reason
 
 SECONDS = 5.0  # of work that a template may take; the longest are done in a hundredth of one
+_PATIENCE = 12  # times as long may pass meanwhile, on a machine that has much else to do
 _TIMES, _DIGITS = 10_000, 5  # no template repeats anything so often
 _OPEN = 4  # products of unknown size, each of which may take seconds once numbers have grown long
 _OPENING = (("operator", "("), ("operator", ","))  # before a star that unpacks
@@ -31,7 +32,7 @@ def written(tokenizer: Any, messages: list[dict[str, str]], seconds: float = SEC
     without one, their texts.
 
     Raises:
-        ValueError: the template fails, or takes longer than that.
+        ValueError: the template fails, or works for longer than that.
     """
     if not tokenizer.chat_template:
         return "\n\n".join(message["content"] for message in messages)
@@ -70,13 +71,14 @@ def _deadline(seconds: float) -> Iterator[None]:
 
     Waiting for its turn among threads is no work: many visitors' templates may be at it on few cores.
     """
-    end, before, most, steps = time.thread_time() + seconds, sys.gettrace(), _resident() + _GROWTH, 0
+    end, late = time.thread_time() + seconds, time.monotonic() + _PATIENCE * seconds
+    before, most, steps = sys.gettrace(), _resident() + _GROWTH, 0
 
     def watch(frame: Any, event: str, argument: Any) -> Any:
         nonlocal steps
         steps += 1
-        if time.thread_time() > end:
-            raise _Late(f"it was not done after {seconds:g} seconds of work")
+        if time.thread_time() > end or time.monotonic() > late:
+            raise _Late(f"it was not done after {seconds:g} seconds of work, or {_PATIENCE * seconds:g} in all")
         if steps % _LOOK == 0 and _resident() > most:
             raise _Late(f"it takes more than {_GROWTH / 1e9:.1f} GB of memory")
         return watch

@@ -45,11 +45,40 @@ def test_a_product_is_the_exact_one_rounded(rows, inputs, outputs, bias, threads
 
 
 def test_memory_that_is_used_again_changes_nothing():
-    """A large product, a small one, the large one again; nothing but the sizes' own memory is written."""
+    """A large product, a small one, the large one again."""
     products, (x, part), (y, other) = Products(NATIVE), given_rows(50, 1600, 30, True), given_rows(3, 20, 7, False)
     first, small = products(x, part), products(y, other)
     assert torch.equal(products(x, part), first)
     assert torch.equal(small, Products(NATIVE)(y, other))
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.integers(1, 70), inputs=st.integers(1, 60) | st.sampled_from([769, 1536, 2000]),
+    outputs=st.integers(1, 40), threads=st.integers(1, 4),
+)
+def test_nothing_is_written_beyond_what_was_asked_for(rows, inputs, outputs, threads):
+    """Of the room and of the result."""
+    with torch.no_grad():
+        x, part = given_rows(rows, inputs, outputs, False)
+        need = NATIVE.mod_product_room(rows, inputs, outputs, threads)
+        room, made = torch.full((need + 64,), 7.0), torch.full((rows * outputs + 64,), 7.0, dtype=torch.bfloat16)
+        at = [tensor.data_ptr() for tensor in (x, part.weight)], [tensor.data_ptr() for tensor in (made, room)]
+        NATIVE.mod_product(*at[0], None, *at[1], rows, inputs, outputs, threads)
+        assert (room[need:] == 7).all()
+        assert (made[rows * outputs :] == 7).all()
+        assert torch.equal(made[: rows * outputs].view(rows, outputs), Products(NATIVE)(x, part))
+
+
+@pytest.mark.skipif(not direct_pays(torch.float32), reason="this torch has no product for it")
+def test_weights_of_another_type_are_not_read_as_bfloat16():
+    """As when a float32 model runs under autocast: rows come in bfloat16."""
+    x, part = given_rows(20, 50, 13, True)
+    wide = nn.Linear(50, 13)
+    wide.load_state_dict({name: weight.float() for name, weight in part.state_dict().items()})
+    made = Products(NATIVE)(x, wide)
+    assert made.dtype == torch.bfloat16
+    assert_close(made, Products(NATIVE)(x, part))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -28,7 +28,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}  # 
 
 
 def executor_of(model: Any, compiled: bool = True) -> Executor:
-    """The executor for a MoD model; the choice is checked once and kept until its weights move.
+    """The executor for a MoD model; the choice is checked once and kept until weights, types, hooks or RoPE change.
 
     Args:
         compiled: put ``torch.compile`` around a layer's pieces where that pays; False where it would not last.

@@ -91,8 +91,10 @@ class Fast(Executor):
         self._project: Any = torch.compile(Block.project, dynamic=True) if compiled else Block.project
         self._finish: Any = torch.compile(Block.finish, dynamic=True) if compiled else Block.finish
 
-    def _own_blocks(self) -> list[Block]:
+    def _own_blocks(self) -> Sequence[Block]:
         """The layers, for one thread."""
+        if not self.blocks[0].direct:
+            return self.blocks
         products = Products(None if self.native is None else self.native.library)
         return [block.using(products) for block in self.blocks]
 

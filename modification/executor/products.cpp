@@ -1,7 +1,7 @@
 // Products of many rows with a bfloat16 matrix on a CPU that multiplies float32 alone: a prompt's.
 //
 // oneDNN would have the matrix in float32 first, and then rearrange all of it for every product, however few its rows.
-// Here the rows are rearranged, and a few outputs' weights at a time widened, into memory that stays in cache.
+// Here the rows are rearranged, and a few outputs' weights at a time widened, which serve all rows from a near cache.
 // Each sum is taken input by input: a row's result depends on no other row, nor on the number of threads, bit for bit.
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int TALL = 2 * LANES;  // rows of a tile, two vectors: with
 constexpr int WIDE = 6;          // as many outputs its sums fill twelve registers
-constexpr int64_t DEEP = 768;    // inputs, at most, that are gone through at a time: a tile's weights stay in a near cache
+constexpr int64_t DEEP = 768;    // inputs, at most, at a time: a tile's weights stay in a near cache
 
 using Sums = float[WIDE][TALL];
 
@@ -63,8 +63,8 @@ void widen(const bf16* w, const Plan& plan, int64_t first, int64_t from, int64_t
     }
 }
 
-// Products of a panel's first HALVES * LANES rows with WIDE outputs' weights over so many inputs, added to sums if these
-// have a beginning.
+// Products of a panel's first HALVES * LANES rows with WIDE outputs' weights over so many inputs, added to sums that have
+// a beginning.
 template <int HALVES>
 void tile(const float* panel, const float* w, int64_t inputs, Sums& sums, bool begun) {
     vec s[WIDE][HALVES];

@@ -34,7 +34,7 @@ class Products:
 
     def __call__(self, x: Tensor, part: Any) -> Tensor:
         """A linear layer's result for x [N, I]: [N, O], of x's type."""
-        if x.dtype == torch.bfloat16 and self._library is not None:
+        if self._library is not None and _plain(x) and _plain(part.weight):
             return self._native(self._library, x.contiguous(), part)
         bias = None if part.bias is None else part.bias.float()
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x.float(), self._wide(part.weight), bias, "none", [], "")
@@ -58,3 +58,8 @@ class Products:
         if self._room.numel() < count:
             self._room = torch.empty(count, dtype=torch.float32, device="cpu")
         return self._room[:count]
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether the kernel may read it: in mid-run autocast and a model that is moved make others."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"

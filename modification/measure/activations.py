@@ -69,10 +69,11 @@ def held(shape: ModelShape, layer: int, context: int, most: bool = False) -> int
 def process_bytes(config: Any, shape: ModelShape, context: int, itemsize: int) -> int:
     """Most that a process takes for a prompt's chunk in the fast executor on a CPU.
 
-    Fewer tokens go through a layer's products together there, so that tensors hold a third of that or less; malloc and
-    compiled products keep the rest. Per token it comes to about three tensors as wide as the MLP, five as wide as the
-    model, queries and attention's output, keys and values, and twice cos and sin. That was fitted to prompts of many
-    chunks (within 10% of a process's peak, keys and values included); prompts of less than one were 20 to 40% off.
+    Fewer tokens go through a layer's products together there, so that tensors hold a third of that or less; malloc,
+    and what products keep or rearrange, take the rest. Per token it comes to about three tensors as wide as the MLP,
+    five as wide as the model, queries and attention's output, keys and values, and twice cos and sin. That was fitted
+    to prompts of many chunks (within 10% of a process's peak, keys and values included); those of less than one were
+    20 to 40% off.
     """
     wide = 3 * config.intermediate_size + 5 * config.hidden_size + 2 * shape.attention_width
     per_token = wide + shape.entry_width + 4 * _head(config, shape)
