@@ -54,6 +54,15 @@ def test_estimated_activations_are_what_the_allocator_gives_the_stock_layers(var
     assert abs(found - told) <= 0.02 * found + SCRATCH, (found, told)
 
 
+def as_on_a_gpu(model):
+    """The fast executor, a chunk going whole through plain products."""
+    run = fast_executor(model)
+    run.native, run.on_cpu, run.rounded = None, False, False
+    for block in run.blocks:
+        block.direct = False
+    return run
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("variant", "sizes"), [
     ("llama", {**SIZES, "intermediate_size": 1024}),
@@ -63,10 +72,7 @@ def test_estimated_activations_are_what_the_allocator_gives_the_stock_layers(var
 def test_estimated_activations_are_what_the_allocator_gives_the_fast_executor(variant, sizes, dtype):
     """As a GPU runs it, a chunk whole; keys and values lie in rooms of their own, which are not the allocator's."""
     model = mod_model(variant, dtype=dtype, **sizes)
-    run = fast_executor(model)
-    run.native, run.on_cpu, run.rounded = None, False, False
-    for block in run.blocks:
-        block.direct = False
+    run = as_on_a_gpu(model)
     run.prefill(tokens(1, 50)[0], model.new_cache(), 0.0)
     shape = ModelShape.of(model)
     for p in (0.0, 0.02, 0.5):
@@ -81,10 +87,7 @@ def test_a_mask_of_a_sliding_window_is_in_the_estimate(monkeypatch):
     """A GPU's attention takes one for a whole chunk, and adds it to scores; a CPU's goes some queries at a time."""
     sizes = {**SIZES, "intermediate_size": 256, "sliding_window": 600}
     model = mod_model("mistral-window", **sizes)
-    run = fast_executor(model)
-    run.native, run.on_cpu, run.rounded = None, False, False
-    for block in run.blocks:
-        block.direct = False
+    run = as_on_a_gpu(model)
     monkeypatch.setattr(
         blocks, "_through_window",
         lambda q, k, v, columns, window: blocks._sdpa(

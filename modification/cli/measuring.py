@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     """The parsers of this file's commands."""
     time = commands.add_parser("bench", help="measure speed and memory, dense against routed")
     time.add_argument("model", nargs="?", help="a model folder or Hub id; or give --random")
-    time.add_argument("--random", metavar="CONFIG", help="random weights of a folder, config.json or preset")
+    time.add_argument("--random", metavar="CONFIG", help="random weights of a folder, config.json, Hub id or preset")
     time.add_argument("--dense", metavar="PARENT", help="dense parent (default: the MoD model restored)")
     time.add_argument("--contexts", default="512,2048", help="prompt lengths in tokens (default: %(default)s)")
     time.add_argument("--batch", default="1", help="rows at a time, e.g. 1,8 (default: %(default)s)")
@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
     time.set_defaults(run=_bench)
 
     guess = commands.add_parser("estimate", help="memory, work and speed-up of any size, on paper")
-    guess.add_argument("model", metavar="CONFIG_OR_MODEL", help="a model folder, a config.json or a preset's name")
+    guess.add_argument("model", metavar="CONFIG_OR_MODEL", help="a folder, a config.json, a Hub id or a preset's name")
     guess.add_argument("--context", type=int, default=4096, help="tokens per row (default: %(default)s)")
     guess.add_argument("--batch", type=int, default=1, help="rows (default: %(default)s)")
     guess.add_argument("--load", type=float, default=0.5, help="of the MoD layers (default: %(default)s)")

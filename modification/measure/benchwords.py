@@ -57,7 +57,7 @@ def missed(results: Sequence[Result]) -> list[str]:
 
 
 def growth(results: Sequence[Result]) -> list[str]:
-    """How decoding slows down with context: seconds per token of context, routed over dense, against the load."""
+    """How decoding slows down with context: seconds per token of context, routed over dense: ideally the load."""
     lines = []
     for batch in sorted({result.batch for result in results}):
         slopes = {}

@@ -46,6 +46,6 @@ def preset(name: str) -> PreTrainedConfig:
     """
     known = presets()
     if name not in known:
-        raise ValueError(f"{name!r} is neither a model folder, a config.json nor a preset: {', '.join(known)}")
+        raise ValueError(f"{name!r} is neither a model folder, config.json, Hub id nor preset: {', '.join(known)}")
     fields = dict(known[name])
     return AutoConfig.for_model(fields.pop("model_type"), **fields)

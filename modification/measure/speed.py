@@ -3,7 +3,7 @@
 A round prefills prompts and decodes after them, as a user would: through the engine's own stream, with its Steps
 made and read, against transformers' own ``generate``. The engine's next tokens are given, after one was chosen all
 the same, so that a model with random weights doesn't repeat one token and one route. The dense parent is offered
-twice, as stock ``generate`` and as our engine at p = 0.
+twice, as stock ``generate`` (compiled too, where that is asked for) and as our engine at p = 0.
 """
 
 from __future__ import annotations
