@@ -73,7 +73,7 @@ def process_bytes(config: Any, shape: ModelShape, context: int, itemsize: int) -
     and what products keep or rearrange, take the rest. Per token it comes to about three tensors as wide as the MLP,
     five as wide as the model, queries and attention's output, keys and values, and twice cos and sin. That was fitted
     to prompts of many chunks (within 10% of a process's peak, keys and values included); those of less than one were
-    20 to 40% off.
+    20 to 40% off, and four chunks of a model of 22 M parameters in bfloat16 took 30% more.
     """
     wide = 3 * config.intermediate_size + 5 * config.hidden_size + 2 * shape.attention_width
     per_token = wide + shape.entry_width + 4 * _head(config, shape)
