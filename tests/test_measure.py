@@ -27,7 +27,7 @@ from modification.executor.fast import Fast
 from modification.measure import bench as bench_module
 from modification.measure import speed
 from modification.measure.bench import bench, dense_twin, random_pair
-from modification.measure.benchwords import missed, table
+from modification.measure.benchwords import missed, table, unsteady
 from modification.measure.cost import CostMeter, ModelShape
 from modification.measure.estimate import devices, estimate
 from modification.measure.memory import Peak, trim
@@ -458,6 +458,17 @@ def test_a_load_that_no_threshold_reaches_is_told():
     assert len(missed(results)) == 1
     assert "load 0.5 was asked for" in missed(results)[0]
     assert not missed([dataclasses.replace(results[-1], load_prompt=0.51)])
+
+
+def test_figures_that_spread_far_are_pointed_out():
+    """As on a machine that others use; steady ones are not."""
+    steady = {"prefill_s": 2.0, "prefill_spread": 0.4, "decode_tps": 50.0, "decode_spread": 10.0}
+    parent, model = random_pair(preset_small(), torch.float32)
+    result, *_ = bench(model, parent, contexts=[8], batches=[1], loads=[1], new_tokens=2, rounds=1, stock=False)
+    assert not unsteady([dataclasses.replace(result, **steady)])
+    (line,) = unsteady([dataclasses.replace(result, **{**steady, "decode_spread": 30.0})])
+    assert "decoding of engine, p = 0 spreads by 60% of its median" in line
+    assert len(unsteady([dataclasses.replace(result, **{**steady, "decode_spread": 30.0, "prefill_spread": 0.6})])) == 2
 
 
 def preset_small():

@@ -15,7 +15,7 @@ from modification.cli.shared import check_vocabulary, layers_of, numbers
 from modification.executor import executor_of
 from modification.loading import as_mod, load_dense_or_mod
 from modification.measure.bench import bench, check_asked, dense_twin, random_pair
-from modification.measure.benchwords import growth, machine, missed, overheads, table
+from modification.measure.benchwords import growth, machine, missed, overheads, table, unsteady
 from modification.measure.estimate import devices, estimate, notes, report
 from modification.measure.onpaper import config_of, dense_config, own_layers
 from modification.measure.plots import plot
@@ -77,13 +77,14 @@ def _bench(arguments: argparse.Namespace) -> None:
     parent, model = _pair(arguments)
     note = executor_of(model).note
     rough = ", too few to rely on: take five" if arguments.rounds < _ROUNDS else ""
-    print(f"{machine(model.device)}; {model.dtype}; {note}; medians of {arguments.rounds} rounds{rough}", flush=True)
+    print(f"{machine(model.device)}; {model.dtype}; {note}; medians of {arguments.rounds} rounds, "
+          f"± half the interquartile range{rough}", flush=True)
     results = bench(
         model, parent, **asked, stock=not arguments.no_stock, compiled=arguments.compiled,
         overheads=arguments.overheads, ragged=arguments.ragged,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    print("\n".join([table(results), *missed(results), *overheads(results), *growth(results)]))
+    print("\n".join([table(results), *missed(results), *unsteady(results), *overheads(results), *growth(results)]))
     line = json.dumps({
         "command": "bench", "model": arguments.model or arguments.random, "machine": machine(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "quantization": arguments.quantization, "executor": note,

@@ -1,4 +1,4 @@
-"""What a bench found, in words: the table, what the rest costs, how decoding slows down, loads that were missed."""
+"""What a bench found, in words: the table, what the rest costs, how decoding slows down, what missed or spreads far."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from modification.measure.bench import BARE, DENSE, LOAD, PLAIN, Result
 from modification.measure.speed import FAR
 
+UNSTEADY = 0.25  # of a median: a spread beyond it is told
+
 
 def table(results: Sequence[Result]) -> str:
-    """A Markdown table; all figures measured but the ideal, which is counted."""
+    """A Markdown table: medians ± half the interquartile range of rounds; measured but the ideal, which is counted."""
     lines = [
         "| context | batch | side | load prompt / decode | prefill s | first token s | decode tokens/s | peak MB "
         "(estimated) | KV stored / allocated MB | ideal prefill / decode (counted) | speed-up | efficiency |",
@@ -53,6 +55,19 @@ def missed(results: Sequence[Result]) -> list[str]:
         f"on this prompt is {result.load_prompt:.3f}"
         for result in results
         if result.side.startswith(LOAD) and abs(result.load_prompt - float(result.side.removeprefix(LOAD))) > FAR
+    ]
+
+
+def unsteady(results: Sequence[Result]) -> list[str]:
+    """Figures that spread so far over the rounds that a median says little, as on a machine that others use."""
+    return [
+        f"context {result.context:,}, batch {result.batch}: {what} of {result.side} spreads by {spread / figure:.0%} "
+        "of its median: other work may have been in the way, so measure again when there is none"
+        for result in results
+        for what, figure, spread in (
+            ("prefill", result.prefill_s, result.prefill_spread), ("decoding", result.decode_tps, result.decode_spread),
+        )
+        if spread > UNSTEADY * figure
     ]
 
 
