@@ -147,7 +147,7 @@ def test_a_sweep_draws_its_curves_and_hands_its_p_to_explore(page):
     page.click("#sweep-go")
     wait_until(lambda: "Done" in line(page, "sweep-status"))
     assert page.locator("#sweep-table tbody tr").count() == 3
-    assert page.locator("#sweep-plot .js-plotly-plot").count() == 1
+    wait_until(lambda: page.locator("#sweep-plot .js-plotly-plot").count() == 1)
     best = re.search(r"p = ([\d.]+) is the largest p within 100%", page.locator("#sweep-best").inner_text())[1]
     with page.expect_download() as download:
         page.click("#sweep-csv")
@@ -181,7 +181,7 @@ def test_a_benchmark_measures_the_pair(page):
     wait_until(lambda: "Done" in line(page, "bench-status"))
     rows = page.locator("#bench-table tbody tr").all_inner_texts()
     assert [row.split("\t")[1] for row in rows] == ["stock generate", "engine, p = 0", "load 0.5"]
-    assert page.locator("#bench-plot .js-plotly-plot").count() == 1
+    wait_until(lambda: page.locator("#bench-plot .js-plotly-plot").count() == 1)
 
 
 def test_any_shape_is_estimated_as_its_controls_move(page):
