@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from modification import MoDConfig, convert
+from modification.executor.native import library
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("MODIFICATION_SHARED", REPO.parent / "shared"))
@@ -294,3 +295,11 @@ def threads_set(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def kernels() -> Any:
+    """The compiled CPU kernels; the test is skipped where they can't be built."""
+    built, why = library()
+    if built is None:
+        pytest.skip(f"no kernels on this machine: {why}")
+    return built
