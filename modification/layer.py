@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from modification.architectures import Family
 from modification.cache import RaggedLayer
+from modification.presence import Presence
 from modification.routing import Router, RoutingCall, Selection, select, straight_through
 from modification.slots import NOWHERE, Slots
 
 Arguments = dict[str, Any]
+_LEAST = 1e-3  # share of a token's keys that is seen
 CALL = "mod_call"  # keyword under which a RoutingCall travels through the stock model
 # The same for models that hand no unknown keywords to their layers; set for the length of one call.
 CURRENT_CALL: ContextVar[RoutingCall | None] = ContextVar("mod_call", default=None)
@@ -76,28 +78,20 @@ class MoDLayer(nn.Module):
         mask = self._visible(columns, keys, call.documents, call.shown)
         # A token sees itself even where it is skipped: what it would have been had it run.
         own = torch.eye(run.shape[1], dtype=torch.bool, device=x.device)
+        taught = call.config.gate == "straight_through" and torch.is_grad_enabled()
+        gradient = straight_through(logit, call.threshold(self.layer_index)) if taught else None
+        share, seen = call.share(self.layer_index) if taught else None, None
+        if share is not None and gradient is not None and call.config.kv == "evict" and slots is None:
+            partial = (share < 1) & call.real(run)
+            stays = stays | partial
+            seen = torch.where(partial, torch.log(share.clamp_min(_LEAST) + gradient), 0)
         mask[..., mask.shape[-1] - run.shape[1] :] &= stays[:, None, None, :] | own
-        y = self._block(x, gate, call, self._arguments(kwargs, call, slots, mask, keys, None))
+        by_mask = call.kernel == "eager" or call.run_block is not None  # compiled code doesn't look for modes
+        arguments = self._arguments(kwargs, call, slots, mask, keys, None, seen if by_mask else None)
+        with contextlib.nullcontext() if seen is None or by_mask else Presence(seen):
+            y = self._block(x, gate, call, arguments)
         out = torch.where(run[..., None], y, x)
-        if call.config.gate == "straight_through" and torch.is_grad_enabled():
-            out = self._teach(x, y, out, logit, call)
-        return out
-
-    def _teach(self, x: Tensor, y: Tensor, out: Tensor, logit: Tensor, call: RoutingCall) -> Tensor:
-        """The output with a gradient for the gate, the straight-through one of sigmoid(logit(g) - logit(p)).
-
-        What that gradient meets should be what running the token is worth, loss(skipped) - loss(run). The slope of
-        the loss where the token is (run: at y, skipped: at x) is far from it: a trained block is near its best, so
-        that tokens that run seem to gain nothing by it. With ``between``, some tokens get x + u (y - x) with u drawn
-        evenly from (0, 1); the mean slope there is the difference itself, and the others' gates are left alone.
-        """
-        gradient = straight_through(logit, call.threshold(self.layer_index))[..., None].to(x.dtype)
-        if call.between is not None:
-            share = call.between[:, call.order.index(self.layer_index), :, None].to(x)
-            chosen = share < 1
-            out = torch.where(chosen, x + share * (y - x), out)
-            gradient = torch.where(chosen, gradient, 0)
-        return out + gradient * (y - x).detach()
+        return out if gradient is None else _teach(x, y, out, gradient, share)
 
     def _gathered(
         self, x: Tensor, gate: Tensor, run: Tensor, call: RoutingCall, store: RaggedLayer | None, kwargs: Arguments
@@ -148,9 +142,12 @@ class MoDLayer(nn.Module):
 
     def _arguments(
         self, kwargs: Arguments, call: RoutingCall, slots: Slots | None, mask: Tensor | None, keys: Tensor,
-        rows: Tensor | None,
+        rows: Tensor | None, seen: Tensor | None = None,
     ) -> Arguments:
-        """The stock arguments with the cache window and mask [R, 1, N, K] of ``rows`` (None: all)."""
+        """The stock arguments with the cache window and mask [R, 1, N, K] of ``rows`` (None: all).
+
+        ``seen`` [R, K] is added to the keys' scores.
+        """
         found = {**kwargs, self.family.cache_argument: slots, "attention_mask": mask}
         if mask is None:
             return found
@@ -161,6 +158,8 @@ class MoDLayer(nn.Module):
             if alibi.dim() == 4:  # falcon looks for it in the mask, scaled
                 width = getattr(self, self.family.attention).head_dim
                 bias, least = own / math.sqrt(width), torch.finfo(own.dtype).min
+        if seen is not None:
+            bias = bias + seen[:, None, None, :]
         if call.kernel == "eager" or bias.dim():
             found["attention_mask"] = torch.where(mask, bias, least)
         return found
@@ -201,6 +200,28 @@ class MoDLayer(nn.Module):
             kept = shown.to(columns.device)
             seen &= kept.gather(1, key_columns.clamp(max=kept.shape[1] - 1))[:, None, :]
         return seen[:, None]
+
+
+def _teach(x: Tensor, y: Tensor, out: Tensor, gradient: Tensor, share: Tensor | None) -> Tensor:
+    """The output with a gradient for the gate, the straight-through one of sigmoid(logit(g) - logit(p)).
+
+    What that gradient meets should be what running the token is worth, loss(skipped) - loss(run). The slope of
+    the loss where the token is (run: at y, skipped: at x) is far from it: a trained block is near its best, so
+    that tokens that run seem to gain nothing by it. With ``between``, some tokens get x + u (y - x) with u drawn
+    evenly from (0, 1), and others see their keys with weight u; the mean slope there is the difference itself, and
+    the other tokens' gates are left alone.
+
+    Args:
+        x, y, out: [B, T, D] before the layer, after its block, and as decided.
+        gradient: zeros that carry it, [B, T].
+        share: u, and 1 or more elsewhere, [B, T]; None without ``between``.
+    """
+    gradient = gradient[..., None].to(x.dtype)
+    if share is not None:
+        share = share[..., None].to(x)
+        out = torch.where(share < 1, x + share * (y - x), out)
+        gradient = torch.where(share < 1, gradient, 0)
+    return out + gradient * (y - x).detach()
 
 
 def stock_block(layer: Any, x: Tensor, arguments: Arguments) -> Tensor:

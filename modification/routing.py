@@ -122,6 +122,10 @@ class RoutingCall:
         at = 0 if self.p.shape[1] == 1 else self.order.index(layer)
         return self.p[:, at : at + 1]
 
+    def share(self, layer: int) -> Tensor | None:
+        """Shares of a layer's output that tokens get, [B, T], see ``between``; None where none is partial."""
+        return None if self.between is None else self.between[:, self.order.index(layer)]
+
     def real(self, like: Tensor) -> Tensor:
         """True at real tokens, False at padding, [B, T] like ``like``."""
         return torch.ones_like(like) if self.valid is None else self.valid.to(like.device)

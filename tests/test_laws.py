@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import (
     ALL,
+    DEPTH,
     EAGER_ONLY,
     FEW,
     assert_close,
@@ -468,6 +469,36 @@ def test_the_straight_through_gradient_is_that_of_the_block_s_contribution(gradi
     torch.testing.assert_close(router.bias.grad[0], expected, atol=1e-3, rtol=1e-3)
 
 
+@every_family
+@every_kv
+def test_a_partial_token_teaches_its_gate_what_its_share_is_worth(variant, kv, gradients):
+    """d loss / d logit = s(1 - s) * d loss / d share: of the output that it gets, and of others that see its keys."""
+    model, ids = mod_model(variant, MoDConfig(layers=[2], kv=kv, anchors=0)).train(), tokens(2)
+    chosen = torch.rand(2, 1, ids.shape[1], generator=torch.Generator().manual_seed(0)) < 0.4
+    share = torch.where(chosen, torch.rand(chosen.shape) * 0.8 + 0.1, 1.0).requires_grad_()
+    out = model(ids, p=0.7, between=share, output_router_scores=True, use_cache=False)
+    gate = out.router_scores[0]
+    gate.retain_grad()
+    (out.logits * torch.randn_like(out.logits)).sum().backward()
+    logit = torch.logit(gate.detach())
+    s = torch.sigmoid(logit - torch.logit(torch.tensor(0.7)))
+    expected = torch.where(chosen[:, 0], s * (1 - s) * share.grad[:, 0], 0.0)
+    assert share.grad[chosen].abs().sum() > 0
+    torch.testing.assert_close(routers(model)[0].bias.grad[0], expected.sum(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2-window"])
+def test_evicted_keys_count_in_what_a_token_is_worth(variant, gradients):
+    """The last token aside, whose keys nobody sees, a token's share moves the output of those after it."""
+    model, ids = mod_model(variant, MoDConfig(layers=[4], anchors=0)).train(), tokens(1)
+    share = torch.ones(1, 1, ids.shape[1])
+    share[..., 3] = 0.5
+    share.requires_grad_()
+    out = model(ids, p=0.0, between=share, use_cache=False)
+    out.logits[0, 5].square().sum().backward()
+    assert share.grad[0, 0, 3].abs() > 1e-6
+
+
 @few_families
 def test_training_takes_the_masked_path_by_default(variant, gradients):
     """In training mode the default equals routing='masked', with and without gradient checkpointing."""
@@ -550,9 +581,10 @@ def test_blocks_compiled_or_not_say_the_same(variant, kv, routing, gradients):
     """Logits, and gradients of every weight, routers' too."""
     ids, compiled = tokens(2), torch.compile(stock_block, backend="eager")
     p, found = safe_threshold(mod_model(variant), ids), []
+    between = torch.rand(2, DEPTH - 2, ids.shape[1]) + 0.5 if routing == "masked" else None
     for run_block in (None, compiled):
         model = mod_model(variant, MoDConfig(kv=kv))
-        out = model(ids, p=p, routing=routing, run_block=run_block, labels=ids, use_cache=False)
+        out = model(ids, p=p, routing=routing, run_block=run_block, between=between, labels=ids, use_cache=False)
         out.loss.backward()
         found.append((out.logits.detach(), [weight.grad for weight in model.parameters()]))
     assert_close(found[1][0], found[0][0])

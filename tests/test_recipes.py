@@ -25,6 +25,7 @@ from modification.conversion.objectives import (
     next_token_loss,
     row_losses,
 )
+from modification.conversion.order import removal_order, rounds, stagger
 from modification.conversion.recipes import RECIPES, Recipe, default_lr, named
 from modification.conversion.train import train
 from modification.conversion.trainer import Mixing, Steering
@@ -360,6 +361,53 @@ def test_fitted_routers_run_the_tokens_that_need_their_layers():
     assert all(benefit > 0 for benefit in benefits)
     assert after.load == pytest.approx(before.load, abs=0.12)
     assert after.agreement > before.agreement
+
+
+# Where routers start
+
+
+def test_the_layer_that_does_nothing_closes_first(blocks):
+    """Of two that do nothing and one that does, the one is last; at p the first p M layers in order are closed."""
+    model = dense_model("llama")
+    for layer in (1, 3):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            model.model.layers[layer].get_submodule(name).weight.zero_()
+    convert(model, MoDConfig())
+    order = stagger(model, blocks)
+    assert sorted(order[:2]) == [1, 3]
+    assert order[2] == 2
+    for closed in range(4):
+        found = evaluate(model, blocks, closed / 3 if closed else 0.0)
+        loads = dict(zip(model.mod_layers, found.layer_loads, strict=True))
+        assert [loads[index] > 0.5 for index in order] == [at >= closed for at in range(3)]
+        assert found.load == pytest.approx(1 - closed / 3, abs=0.12)  # the first token of a row always runs
+
+
+def test_every_layer_is_measured_until_few_are_left():
+    assert rounds(3) == [(3, 1), (2, 1), (0, 1)]
+    assert rounds(12) == [(12, 2), (10, 2), (8, 2), (6, 2), (4, 2), (0, 2)]
+    assert rounds(13) == [(13, 3), (10, 3), (7, 3), (4, 3), (0, 1)]
+
+
+def test_in_a_deep_model_several_layers_close_at_once(blocks):
+    model = mod_model("llama", num_hidden_layers=20)
+    order = removal_order(model, blocks[:2])
+    assert sorted(order) == list(range(1, 19))
+
+
+@pytest.mark.parametrize("start", ["ordered", "open"])
+def test_a_conversion_starts_where_it_is_told(start, blocks, tmp_path):
+    """One step at almost no rate: what the recipe began with is what it ends with, but for the dial's scale."""
+    model, _, report = run(named("any-p", **{**SMALL, "tokens": 64, "lr": 1e-9, "router_lr": 1e-9, "start": start}),
+                           blocks, tmp_path / "out")
+    assert report["start"] == start
+    biases = [router.bias.item() for router in routers(model)]
+    if start == "open":
+        assert report["order"] is None
+        assert max(biases) == pytest.approx(min(biases))
+    else:
+        assert sorted(report["order"]) == [1, 2, 3]
+        assert sorted(range(3), key=biases.__getitem__) == [index - 1 for index in report["order"]]
 
 
 # Layers chosen by measure

@@ -26,6 +26,7 @@ from app.service.paths import real
 from modification import MoDModel
 from modification.conversion.calibrate import CALIBRATION_TOKENS
 from modification.conversion.checks import CHECKPOINTS, REPORT, RUN, last_checkpoint
+from modification.conversion.order import ORDER_TOKENS, rounds
 from modification.conversion.recipes import RECIPES, Tune
 from modification.conversion.runlog import LOG, drop_redone, read_log
 from modification.loading import load_dense_or_mod, resolve
@@ -36,7 +37,7 @@ _POLL = 0.5
 _PATIENCE = 5.0  # seconds
 _GRACE = 60.0  # seconds for a step and a checkpoint
 _PASSES = 4.0  # a training step's work over one forward pass: student forward and twice that backward, teacher forward
-_FITTING = 41.0  # forward passes over the calibration text: 13 to fit routers, 28 to make the dial true
+_FITTING, _DIAL = 13.0, 28.0  # forward passes over the calibration text: to fit routers, to make the dial true
 _COPIES = 5  # float32 numbers per weight: student, teacher, gradient and Adam's two moments
 
 
@@ -160,8 +161,16 @@ class Conversions:
             with torch.inference_mode():
                 model(input_ids=ids, use_cache=False)
             times.append(time.perf_counter() - start)
-        passes = _PASSES * plan.steps + (_FITTING * CALIBRATION_TOKENS / ids.numel() if plan.fits else 0)
+        passes = _PASSES * plan.steps + self._tokens_beside(plan, model) / ids.numel()
         return float(np.median(times)) * passes, taken, free
+
+    @staticmethod
+    def _tokens_beside(plan: Plan, model: Any) -> float:
+        """Tokens that are read beside training: to order the layers, fit routers, make the dial true."""
+        ordered = RECIPES[plan.recipe].start == "ordered"
+        depth = model.config.num_hidden_layers  # as if all were routed
+        ordering = ORDER_TOKENS * sum(measured for measured, _ in rounds(depth)) if ordered else 0
+        return ordering + CALIBRATION_TOKENS * (_DIAL + (_FITTING if plan.fits else 0))
 
     @staticmethod
     def _memory(plan: Plan, model: Any) -> float:

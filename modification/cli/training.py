@@ -64,6 +64,8 @@ def add(commands: Any) -> None:
     how.add_argument("--teacher", help="another model of the same vocabulary to learn from (default: the parent)")
     for weight in ("ce", "kl", "hidden", "penalty"):
         how.add_argument(f"--{weight}", type=float, help=f"weight of the {_TERMS[weight]}")
+    how.add_argument("--start", choices=["ordered", "open"],
+                     help="routers start with whole layers closed at p, those missed least first, or open everywhere")
     how.add_argument("--paired", action="store_true", help="every row also at p = 0, which teaches it at its own p")
     how.add_argument("--path", choices=["masked", "gathered"], help="gathered skips in training too (default: masked)")
     run = convert.add_argument_group("run")
@@ -187,8 +189,8 @@ def _check_flags(arguments: argparse.Namespace, recipe: Recipe) -> None:
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     given = {name: getattr(arguments, name) for name in (
-        "tune", "lora_rank", "p", "ce", "kl", "hidden", "penalty", "path", "tokens", "block", "batch", "accumulate",
-        "optimizer", "lr", "router_lr", "seed",
+        "tune", "lora_rank", "p", "start", "ce", "kl", "hidden", "penalty", "path", "tokens", "block", "batch",
+        "accumulate", "optimizer", "lr", "router_lr", "seed",
     )}
     flags = {name: getattr(arguments, name) or None for name in ("bf16", "checkpoint_activations", "paired")}
     return named(arguments.recipe, **given, **flags)

@@ -11,6 +11,7 @@ from modification.config import Gate
 Tune = Literal["full", "lora", "router"]
 Load = Literal["target", "alpha", "steered", "imitate", "none"]
 Rule = Literal["threshold", "top-k"]
+Start = Literal["ordered", "open"]
 Optimizer = Literal["adamw", "muon"]
 
 
@@ -27,6 +28,8 @@ class Recipe:
         paired: every row also runs at p = 0, and what it says there teaches it at its own p: one pass serves the
             dense model and, in the teacher's place, the sparse ones. The teacher then teaches p = 0 alone.
         dense_share: share of rows at p = 0, where rows aren't paired.
+        start: where routers start. "ordered": at p the layers that the parent misses least are closed (``stagger``);
+            "open": nearly all tokens run, at nearly every p.
         between: share of (MoD layer, token) pairs that get a part of their layer's output, drawn evenly, and teach
             their gate what running is worth (see ``MoDLayer``); 0: all teach theirs by the straight-through slope.
         p_range: from where the other rows draw p.
@@ -63,6 +66,7 @@ class Recipe:
     p: float | None = None
     paired: bool = False
     dense_share: float = 0.25
+    start: Start = "ordered"
     between: float = 0.15
     p_range: tuple[float, float] = (0.02, 0.98)
     rule: Rule = "threshold"
@@ -89,7 +93,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("tune", Tune), ("load", Load), ("rule", Rule), ("gate", Gate), ("optimizer", Optimizer)
+            ("tune", Tune), ("load", Load), ("rule", Rule), ("gate", Gate), ("optimizer", Optimizer), ("start", Start)
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}")
@@ -132,7 +136,7 @@ class Recipe:
 
 
 # As published: the language-model loss and R, for one p. Only its load term differs in the controlled form.
-_PAPER: dict[str, Any] = {"gate": "paper", "p": 0.5, "dense_share": 0.0, "ce": 1.0, "kl": 0.0}
+_PAPER: dict[str, Any] = {"gate": "paper", "p": 0.5, "start": "open", "dense_share": 0.0, "ce": 1.0, "kl": 0.0}
 
 RECIPES = {
     recipe.name: recipe
@@ -142,7 +146,7 @@ RECIPES = {
         Recipe("paper", load="alpha", penalty=0.01, **_PAPER),
         Recipe("paper-controlled", load="steered", penalty=0.01, **_PAPER),
         Recipe("top-k", rule="top-k", load="imitate", penalty=0.1, **_PAPER),
-        Recipe("calibrate", fit=True, tune="router", tokens=8_192),
+        Recipe("calibrate", fit=True, tune="router", start="open", tokens=8_192),
     )
 }
 

@@ -29,6 +29,7 @@ from modification.conversion.checks import (
     written_whole,
 )
 from modification.conversion.data import Text
+from modification.conversion.order import ORDER_TOKENS, stagger
 from modification.conversion.recipes import Recipe
 from modification.conversion.runlog import LOG, read_log
 from modification.conversion.trainer import (
@@ -89,6 +90,8 @@ def train(
     else:
         convert(model, config)
     began = time.monotonic()
+    ordered = recipe.start == "ordered" and not onwards
+    order = stagger(model, text.first(ORDER_TOKENS)) if ordered else None
     finish = prepare(model, recipe)
     benefits, spread = None, "NO"
     if recipe.fit:
@@ -101,7 +104,7 @@ def train(
     dial = fit_dial(model, text.first(CALIBRATION_TOKENS))
     facts = {
         "mod": model.config.mod, "onwards": onwards, "seconds_this_run": round(seconds, 1), "resumed": last is not None,
-        "calibration": dataclasses.asdict(dial), "benefits": benefits,
+        "calibration": dataclasses.asdict(dial), "benefits": benefits, "order": order,
         "distributed": spread, "sources": list(text.names),
         **options.facts,
     }
