@@ -5,19 +5,13 @@ BIN := $(VENV)/bin
 # One more than there are cores: tests wait for the processes that they start.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(6, os.cpu_count() + 1))")
 
-.PHONY: app test engine pages check audit
+.PHONY: app test check audit
 
 app: $(VENV)/app.stamp
 	$(BIN)/python app.py
 
 test: $(VENV)/test.stamp
-	$(MAKE) --no-print-directory --jobs 2 engine pages
-
-# What waits for no page gives way to what does, and fills the time that pages take to answer.
-engine: $(VENV)/test.stamp
-	nice -n 10 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not browser"
-
-pages: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not browser"
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist worksteal -m browser
 
 check: $(VENV)/test.stamp

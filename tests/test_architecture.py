@@ -14,8 +14,8 @@ APP = REPO / "app"
 
 # A module may import those before it, and its own package.
 ORDER = (
-    "config", "trace", "errors", "threads", "architectures", "routing", "room", "storage", "slots", "cache", "layer",
-    "model", "executor", "fetching", "hub", "integrity", "chat", "loading", "sampling", "batching", "generate",
+    "config", "trace", "errors", "threads", "architectures", "routing", "presence", "room", "storage", "slots", "cache",
+    "layer", "model", "executor", "fetching", "hub", "integrity", "chat", "loading", "sampling", "batching", "generate",
     "measure", "conversion", "cli",
 )
 ENTRANCES = ("__init__", "__main__")
