@@ -71,7 +71,7 @@ class Recipe:
     p_range: tuple[float, float] = (0.02, 0.98)
     rule: Rule = "threshold"
     load: Load = "target"
-    penalty: float = 0.5
+    penalty: float = 3.0
     ce: float = 0.5
     kl: float = 0.5
     hidden: float = 0.0
@@ -142,7 +142,7 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe("any-p"),
-        Recipe("fixed-p", p=0.5, dense_share=0.0),
+        Recipe("fixed-p", p=0.5, dense_share=0.0, penalty=0.5),
         Recipe("paper", load="alpha", penalty=0.01, **_PAPER),
         Recipe("paper-controlled", load="steered", penalty=0.01, **_PAPER),
         Recipe("top-k", rule="top-k", load="imitate", penalty=0.1, **_PAPER),
