@@ -110,7 +110,7 @@ def timed_again(bench: Bench, name: str, rows: list[dict[str, float]]) -> list[d
 
 def dense(bench: Bench) -> list[dict[str, float]]:
     """The parent tuned on the same tokens, nothing skipped."""
-    model = bench.converted("dense", bench.recipe("any-p", dense_share=1.0, load="none"))
+    model = bench.converted("dense", bench.recipe("any-p", dense_share=1.0, load="none", start="open"))
     return curve(model, bench.text)[:1]
 
 
@@ -119,9 +119,8 @@ def static(bench: Bench, dropped: list[int]) -> list[dict[str, float]]:
     model = bench.parent()[0]
     depth, whole = model.config.num_hidden_layers, len(bench.indices)
     without(model, dropped)
-    tuned = bench.converted(
-        _static_name(dropped), bench.recipe("any-p", dense_share=1.0, load="none"), model, (depth - len(dropped) - 1,)
-    )
+    recipe = bench.recipe("any-p", dense_share=1.0, load="none", start="open")
+    tuned = bench.converted(_static_name(dropped), recipe, model, (depth - len(dropped) - 1,))
     one = curve(tuned, bench.text)[0]
     # Near enough: the head's share of compute is left out.
     return [{**one, "load": 1 - len(dropped) / whole, "compute": 1 - len(dropped) / depth}]
@@ -134,7 +133,7 @@ def _static_name(dropped: list[int]) -> str:
 def random_skipping(bench: Bench) -> list[dict[str, float]]:
     """any-p with scores drawn by chance, in training and after."""
     with _scores_by_chance():
-        model = bench.converted("random", bench.recipe("any-p", load="none", between=0.0))
+        model = bench.converted("random", bench.recipe("any-p", load="none", between=0.0, start="open"))
         return curve(model, bench.text, timed=False)
 
 

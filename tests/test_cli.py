@@ -306,6 +306,7 @@ def test_threads_out_of_bounds_are_refused(folder, capsys):
     (["--lora-rank", "4"], "--lora-rank: only --tune lora"), (["--keep-adapter"], "--keep-adapter: only --tune lora"),
     (["--recipe", "calibrate", "--tune", "lora"], "calibrate trains nothing"),
     (["--optimizer", "muon", "--tune", "router"], "routers have no matrices"),
+    (["--recipe", "paper", "--start", "ordered"], "paper has its own start"),
     (["--compile", "--recipe", "paper"], "has neither"), (["--compile", "--recipe", "calibrate"], "has no loss"),
     (["--held-out-split", "val"], "give --held-out-data with it"), (["--save-steps", "0"], "--save-steps 0: must be 1"),
     (["--block", "1"], "--block 1: must be 2 or more"), (["--block", "4096"], "--block 4096: the model has a context"),

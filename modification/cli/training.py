@@ -172,6 +172,8 @@ def _check_flags(arguments: argparse.Namespace, recipe: Recipe) -> None:
         (recipe.fit and recipe.tune != "router",
          f"--tune {recipe.tune}: {recipe.name} trains nothing; it fits the routers alone"),
         (recipe.optimizer == "muon" and recipe.tune == "router", "--optimizer muon: routers have no matrices to train"),
+        (arguments.start == "ordered" and (recipe.fit or recipe.gate == "paper"),
+         f"--start ordered: {recipe.name} has its own start; leave the flag out"),
         (arguments.compile and recipe.fit, f"--compile: {recipe.name} has no loss"),
         (arguments.compile and recipe.gate == "paper" and not recipe.kl,
          f"--compile: it is for blocks without the paper's gate and for a loss with --kl; {recipe.name} has neither"),
