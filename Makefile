@@ -1,4 +1,4 @@
-# `make app` and `make test` do all the set-up themselves, in .venv.
+# `make app` and `make test` do all the set-up themselves, in .venv. Python compiles what is imported, on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,9 +25,9 @@ audit: $(VENV)/test.stamp
 
 $(VENV)/app.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-compile -r requirements.txt
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/app.stamp requirements-test.txt
-	$(BIN)/pip install --quiet -r requirements-test.txt
+	$(BIN)/pip install --quiet --no-compile -r requirements-test.txt
 	touch $@

@@ -70,12 +70,14 @@ tags: [text-generation, storytelling, mixture-of-depths, modification]
 through such a layer only when its score reaches the threshold p. One set of weights serves every p; load is about
 1 - p. Skipped tokens cost no compute in that layer and leave no keys and values in the cache.
 
-Converted with the any-p recipe in two stages, all weights trained: {f['stages'][0]:,} tokens beside the parent, by Muon
-(whole documents in blocks of 2,048, with facts to retrieve and chats of several turns among them); then
+Converted with the any-p recipe in three stages, all weights trained: {f['stages'][0]:,} tokens beside the parent, by
+Muon (whole documents in blocks of 2,048, with facts to retrieve and chats of several turns among them); then
 {f['stages'][1]:,} on the first 512 tokens of stories, at p from 0.3 on, its load held more tightly, beside itself at
-p = 0. That stage gains at loads below 0.4 and costs at those above, so that the shipped weights lie a quarter of the
-way to where it ended (of 0, 1/4, 1/2 and 1 what did best at half load on the held-out stories). Then the dial was bent
-so that load follows 1 - p.
+p = 0. That stage gains at loads below 0.4 and costs at those above, so that what went on from it lies a quarter of the
+way to where it ended (of 0, 1/4, 1/2 and 1 what did best at half load on the held-out stories). In the third,
+{f['far_rows']} rows of up to 704 tokens, two in three of them chats about facts whose places leap ahead, as if up to
+2,048 tokens of text lay between; the parent, its teacher, read them without the leap. Then the dial was bent so that
+load follows 1 - p.
 
 {_data(f)}
 
@@ -84,8 +86,9 @@ so that load follows 1 - p.
 
 The parent's own loss is {f['dense_loss']:.3f} on the same {f['held_out_tokens']:,} held-out tokens (± is one standard
 error). The parent has seen {f['parent_tokens'] / 1e6:.1f} M tokens of the text in all, this model
-{f['mod_tokens'] / 1e6:.1f} M, dense and converted. At p = 0 it does better than its parent: learning from a fixed
-teacher, it overfits less. Against itself at p = 0, p = 0.5 costs {_at(f, 0.5) / _at(f, 0.0) - 1:.1%}.
+{f['mod_tokens'] / 1e6:.1f} M before the third stage, dense and converted. At p = 0 it does better than its parent:
+learning from a fixed teacher, it overfits less. Against itself at p = 0, p = 0.5 costs
+{_at(f, 0.5) / _at(f, 0.0) - 1:.1%}.
 
 **Facts told early and asked for at the end** (measured; greedy, 40 questions each, standard error up to 0.08):
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from make_parent import LONG_READINGS, TOKENS, make_parent, masks_by_cudnn, tokens_seen
 from mixture import CONTEXT, readings
+from reach import BATCH, reach
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.service import Request
@@ -28,7 +29,7 @@ from app.service.loaded import Loaded
 from app.service.runs import record
 from modification import MoDConfig, load
 from modification.conversion.calibrate import bend_dial
-from modification.conversion.checks import Options
+from modification.conversion.checks import Options, written_whole
 from modification.conversion.data import Text, pack, read_documents
 from modification.conversion.recipes import Recipe
 from modification.conversion.train import train
@@ -37,7 +38,7 @@ from modification.measure.cost import ModelShape
 from modification.routing import is_router
 
 ASSETS = Path(__file__).resolve().parent
-MOD_TOKENS, ONWARDS_TOKENS = 28_508_160, 1_024_000  # of the conversion's stages
+MOD_TOKENS, ONWARDS_TOKENS, FAR_STEPS = 28_508_160, 1_024_000, 72  # of the conversion's stages
 LATER = 0.25  # share of the second stage in the shipped weights: it costs at high loads what it gains at low ones
 DIAL_TOKENS = 32_768
 HELD_OUT_BLOCKS = 48
@@ -50,23 +51,26 @@ def make_pair(
     """Run every stage that is not done yet and write the two folders under ``assets/``, if they aren't there."""
     parent = make_parent(text, work, parent_tokens)
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    converted, onwards = work / "mod", work / "mod-onwards"
+    converted, onwards, far = work / "mod", work / "mod-onwards", work / "mod-far"
     if not (converted / "report.json").is_file():
         convert(work, text, parent, tokenizer, mod_tokens, {"parent": name})
     if not (onwards / "report.json").is_file():
         go_on(work, text, tokenizer, ONWARDS_TOKENS, {"parent": name})
+    if not (far / "model.safetensors").is_file():
+        look_far(work, parent, text, tokenizer, far)
     dense, mod = ASSETS / name, ASSETS / f"{name}-MoD"
     if (mod / "facts.json").is_file():
         return
     _ship(AutoModelForCausalLM.from_pretrained(parent), tokenizer, dense)
-    model = blend(converted, onwards)
-    documents = list(read_documents(text, tokenizer, "train"))
-    np.random.default_rng(3).shuffle(documents)
-    bend_dial(model, pack(documents, 512, DIAL_TOKENS))  # on the text as it comes, without the facts mixed in
+    model = load(far, dtype=torch.float32)[0]
+    bend_dial(model, _stories(text, tokenizer, DIAL_TOKENS))
     _ship(model, tokenizer, mod)
     shutil.copy(onwards / "report.json", mod / "report.json")
     stages = [json.loads((folder / "report.json").read_text())["tokens"] for folder in (converted, onwards)]
-    seen = {"parent_tokens": tokens_seen(work), "stages": stages, "mod_tokens": tokens_seen(work) + sum(stages)}
+    seen = {
+        "parent_tokens": tokens_seen(work), "stages": stages, "far_rows": FAR_STEPS * BATCH,
+        "mod_tokens": tokens_seen(work) + sum(stages),
+    }
     (mod / "facts.json").write_text(json.dumps({"name": name, **seen}), encoding="utf-8")
     _example(mod)
 
@@ -94,6 +98,18 @@ def go_on(work: Path, text: Path, tokenizer: Any, tokens: int, facts: dict[str, 
     train(model, tokenizer, MoDConfig(), recipe, read, work / "mod-onwards", options, dense_twin(model))
 
 
+def look_far(work: Path, parent: Path, text: Path, tokenizer: Any, out: Path) -> None:
+    """Both stages' model learns to look far back where tokens are skipped."""
+    model = blend(work / "mod", work / "mod-onwards")
+    bend_dial(model, _stories(text, tokenizer, DIAL_TOKENS))
+    teacher = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
+    documents = list(read_documents(text, tokenizer, "train"))
+    out.mkdir(exist_ok=True)
+    reach(model, teacher, documents, tokenizer, out / "checkpoints", FAR_STEPS)
+    with written_whole(out) as aside:
+        model.save_pretrained(aside)
+
+
 @torch.no_grad()
 def blend(first: Path, second: Path) -> Any:
     """The first stage's model with weights moved a part of the way to the second's."""
@@ -105,7 +121,18 @@ def blend(first: Path, second: Path) -> Any:
 
 
 def _text(blocks: npt.NDArray[np.int32], text: Path, tokenizer: Any) -> Text:
-    return Text(blocks, pack(read_documents(text, tokenizer, "val"), 512, HELD_OUT_BLOCKS * 512))
+    return Text(blocks, _held_out(text, tokenizer))
+
+
+def _held_out(text: Path, tokenizer: Any) -> npt.NDArray[np.int32]:
+    return pack(read_documents(text, tokenizer, "val"), 512, HELD_OUT_BLOCKS * 512)
+
+
+def _stories(text: Path, tokenizer: Any, tokens: int) -> npt.NDArray[np.int32]:
+    """The text as it comes, without the facts mixed in."""
+    documents = list(read_documents(text, tokenizer, "train"))
+    np.random.default_rng(3).shuffle(documents)
+    return pack(documents, 512, tokens)
 
 
 def _ship(model: Any, tokenizer: Any, folder: Path) -> None:

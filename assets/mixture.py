@@ -35,12 +35,13 @@ GO_ON = (
 _SENTENCE = re.compile(r"(?<=[.!?\"])\s+")
 
 
-def answers(rng: random.Random, documents: list[Ids], tokenizer: Any) -> Ids:
-    """A chat about facts hidden in one to three stories, as many short as long ones, within the context.
+def answers(rng: random.Random, documents: Sequence[Ids], tokenizer: Any, length: int | None = None) -> Ids:
+    """A chat about facts hidden in one to three stories, of ``length`` tokens: by default as many short as long ones,
+    within the context.
 
     The answers alone are to be learnt: learnt as text, facts turn up in stories too.
     """
-    row = {"messages": _facts(rng, documents, tokenizer)}
+    row = {"messages": _facts(rng, documents, tokenizer, length)}
     return next(encode_rows(iter([("facts", row)]), tokenizer, responses=True))
 
 
@@ -131,8 +132,8 @@ def _kept(path: Path) -> list[Ids]:
     return [part.tolist() for part in np.split(held["ids"], held["ends"][:-1])]
 
 
-def _facts(rng: random.Random, documents: list[Ids], tokenizer: Any) -> Messages:
-    length = int(math.exp(rng.uniform(math.log(48), math.log(CONTEXT - ROOM))))
+def _facts(rng: random.Random, documents: Sequence[Ids], tokenizer: Any, length: int | None) -> Messages:
+    length = length or int(math.exp(rng.uniform(math.log(48), math.log(CONTEXT - ROOM))))
     picked = rng.sample(documents, 3)
     text = tokenizer.decode([token for ids in picked for token in ids], skip_special_tokens=True)
     return conversation(rng, cut(text, length, tokenizer))
