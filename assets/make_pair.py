@@ -63,7 +63,7 @@ def make_pair(
         return
     _ship(AutoModelForCausalLM.from_pretrained(parent), tokenizer, dense)
     model = load(far, dtype=torch.float32)[0]
-    bend_dial(model, _stories(text, tokenizer, DIAL_TOKENS))
+    bend_dial(model, _stories(list(read_documents(text, tokenizer, "train")), DIAL_TOKENS))
     _ship(model, tokenizer, mod)
     shutil.copy(onwards / "report.json", mod / "report.json")
     stages = [json.loads((folder / "report.json").read_text())["tokens"] for folder in (converted, onwards)]
@@ -101,9 +101,9 @@ def go_on(work: Path, text: Path, tokenizer: Any, tokens: int, facts: dict[str, 
 def look_far(work: Path, parent: Path, text: Path, tokenizer: Any, out: Path) -> None:
     """Both stages' model learns to look far back where tokens are skipped."""
     model = blend(work / "mod", work / "mod-onwards")
-    bend_dial(model, _stories(text, tokenizer, DIAL_TOKENS))
-    teacher = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
     documents = list(read_documents(text, tokenizer, "train"))
+    bend_dial(model, _stories(documents, DIAL_TOKENS))
+    teacher = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
     out.mkdir(exist_ok=True)
     reach(model, teacher, documents, tokenizer, out / "checkpoints", FAR_STEPS)
     with written_whole(out) as aside:
@@ -128,11 +128,10 @@ def _held_out(text: Path, tokenizer: Any) -> npt.NDArray[np.int32]:
     return pack(read_documents(text, tokenizer, "val"), 512, HELD_OUT_BLOCKS * 512)
 
 
-def _stories(text: Path, tokenizer: Any, tokens: int) -> npt.NDArray[np.int32]:
-    """The text as it comes, without the facts mixed in."""
-    documents = list(read_documents(text, tokenizer, "train"))
-    np.random.default_rng(3).shuffle(documents)
-    return pack(documents, 512, tokens)
+def _stories(documents: list[list[int]], tokens: int) -> npt.NDArray[np.int32]:
+    """The text as it comes, in some order, without the facts mixed in."""
+    order = np.random.default_rng(3).permutation(len(documents))
+    return pack((documents[at] for at in order), 512, tokens)
 
 
 def _ship(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -23,7 +23,8 @@ from transformers import Trainer, TrainingArguments
 from modification.conversion import objectives
 from modification.conversion.calibrate import set_dial
 from modification.conversion.checks import last_checkpoint
-from modification.routing import is_router
+from modification.conversion.recipes import Recipe
+from modification.conversion.tune import optimizer
 
 BATCH = 6
 LR, ROUTER_LR = 2e-4, 1e-3
@@ -46,17 +47,13 @@ def reach(
         save_steps=save_steps, save_total_limit=2, logging_steps=10, report_to="none", remove_unused_columns=False,
         seed=0,
     )
-    routers = [weight for name, weight in model.named_parameters() if is_router(name)]
-    others = [weight for name, weight in model.named_parameters() if not is_router(name)]
-    optimizer = torch.optim.AdamW(
-        [{"params": routers, "lr": ROUTER_LR}, {"params": others, "lr": LR}], betas=(0.9, 0.95), weight_decay=0.0
-    )
+    stepper = optimizer(model, Recipe(lr=LR, router_lr=ROUTER_LR))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda at: min(1.0, (at + 1) / 8) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * at / steps)))
+        stepper, lambda at: min(1.0, (at + 1) / 8) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * at / steps)))
     )
     trainer = Reaching(
         knots, teacher.eval().requires_grad_(False), model=model, args=arguments, data_collator=batch_of,
-        train_dataset=Rows(documents, tokenizer, steps * BATCH), optimizers=(optimizer, schedule),
+        train_dataset=Rows(documents, tokenizer, steps * BATCH), optimizers=(stepper, schedule),
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(out))
 
