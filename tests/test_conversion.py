@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from modification import MoDConfig, MoDModel, load
 from modification.conversion import train as training
-from modification.conversion.calibrate import fit_dial
+from modification.conversion.calibrate import bend_dial, fit_dial
 from modification.conversion.checks import Options
 from modification.conversion.data import Blocks, Documents, Text, pack, pack_whole, read_documents
 from modification.conversion.objectives import (
@@ -373,6 +373,22 @@ def test_fitting_the_dial_brings_load_to_one_minus_p(spread, bias, blocks):
     again = fit_dial(model, blocks)  # from scratch, whatever dial there was
     assert evaluate(model, blocks, 0.5).load == pytest.approx(0.5, abs=0.03)
     assert len(again.knots) == len(dial.knots)
+
+
+@pytest.mark.parametrize(("spread", "bias"), [(4.0, 8.0), (3.0, 9.0), (4.0, -8.0)])
+def test_scores_that_crowd_near_1_or_0_are_bent_apart(spread, bias, blocks):
+    """By the knots alone, where no weight may change: most scores in the last or first thousandth, some far from it."""
+    model = mod_model("llama", MoDConfig(anchors=0), spread=spread)
+    for router in routers(model):
+        router.bias.add_(bias)
+    weights = [(router.weight.clone(), router.bias.clone()) for router in routers(model)]
+    knots = bend_dial(model, blocks)
+    assert list(knots) == sorted(knots)
+    for p in (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95):
+        assert evaluate(model, blocks, p).load == pytest.approx(1 - p, abs=0.03)
+    for router, (weight, shift) in zip(routers(model), weights, strict=True):
+        assert torch.equal(router.weight, weight)
+        assert torch.equal(router.bias, shift)
 
 
 # The run

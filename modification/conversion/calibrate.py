@@ -24,6 +24,7 @@ _LEVELS = np.linspace(0.1, 0.9, 9)
 _KNOTS = 19  # scores that the dial is bent at
 _STEEP = 0.08  # a fall of load between neighbouring thresholds that is measured more finely
 _ROUNDS = 4  # of measuring: everywhere, then where the load fell steeply
+_EDGE = 1e-6  # no knot is nearer to 0 or 1
 _RIDGE = 0.2  # of the features' mean square
 _SPREAD = 1.8  # standard deviation of fitted logits: that of a logistic distribution, whose load is 1 - p
 CALIBRATION_TOKENS = 8_192
@@ -182,8 +183,7 @@ def _stretch(model: Any, blocks: npt.NDArray[np.int32]) -> tuple[float, float]:
 
 
 def _knots(model: Any, blocks: npt.NDArray[np.int32]) -> tuple[float, ...]:
-    """Thresholds at which the load is 1 - k / (n + 1), by interpolation; where it falls steeply, measured again, in
-    rounds: scores may crowd near 1."""
+    """Thresholds at which the load is 1 - k / (n + 1), by interpolation; where it falls steeply, measured again."""
     wanted = [k / (_KNOTS + 1) for k in range(1, _KNOTS + 1)]
     skipped, places = {0.0: 0.0, 1.0: 1.0}, wanted
     for _ in range(_ROUNDS):
@@ -192,15 +192,17 @@ def _knots(model: Any, blocks: npt.NDArray[np.int32]) -> tuple[float, ...]:
             (low, high) for low, high in itertools.pairwise(sorted(skipped)) if skipped[high] - skipped[low] > _STEEP
         ]
         places = [p for p in _read_off(wanted, skipped) if any(low < p < high for low, high in steep)]
-    return tuple(np.clip(_read_off(wanted, skipped), 1e-6, 1 - 1e-6).tolist())
+    return tuple(_read_off(wanted, skipped))
 
 
 def _read_off(wanted: list[float], skipped: dict[float, float]) -> list[float]:
-    """Thresholds at which shares are skipped, straight between measured ones; rising."""
+    """Thresholds at which shares are skipped, straight between measured ones in logits, for scores may crowd near 0 or
+    1; rising."""
     places = sorted(skipped)
+    logits = _logit(np.clip(places, _EDGE, 1 - _EDGE))
     # Decisions move later scores, if little.
     shares = np.maximum.accumulate([skipped[p] for p in places]) + 1e-9 * np.arange(len(places))
-    return [float(p) for p in np.maximum.accumulate(np.interp(wanted, shares, places))]
+    return [float(p) for p in 1 / (1 + np.exp(-np.maximum.accumulate(np.interp(wanted, shares, logits))))]
 
 
 def set_dial(model: Any, knots: tuple[float, ...]) -> None:
