@@ -81,21 +81,21 @@ def readings(work: Path, text: Path, tokenizer: Any, block: int, count: int) -> 
     if not stories.is_file():
         _keep(stories, read_documents(text, tokenizer, "train"))
     sets = [folder / f"made-{seed}.npz" for seed in range(SETS)]
-    _in_parallel(functools.partial(_make, stories, tokenizer), list(zip(sets, range(SETS), strict=True)))
     packed = [folder / f"{block}-{seed}.npy" for seed in range(count)]
     jobs = [(path, sets[seed % SETS], seed) for seed, path in enumerate(packed)]
-    _in_parallel(functools.partial(_read, stories, tokenizer.pad_token_id, block), jobs)
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        _do(pool, functools.partial(_make, stories, tokenizer), list(zip(sets, range(SETS), strict=True)))
+        _do(pool, functools.partial(_read, stories, tokenizer.pad_token_id, block), jobs)
     return np.concatenate([np.load(path) for path in packed])
 
 
-def _in_parallel(job: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
-    """Do the jobs whose first argument, the file that they write, is not there yet."""
+def _do(pool: ProcessPoolExecutor, job: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+    """The jobs whose first argument, the file that they write, is not there yet; one alone without a process."""
     missing = [each for each in arguments if not each[0].is_file()]
     if len(missing) == 1:
         job(*missing[0])
     elif missing:
-        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(job, *zip(*missing, strict=True)))
+        list(pool.map(job, *zip(*missing, strict=True)))
 
 
 def _make(stories: Path, tokenizer: Any, out: Path, seed: int) -> None:

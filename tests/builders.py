@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from originals import Original
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -107,13 +108,13 @@ def dense_model(
     **changes: Any,
 ) -> Any:
     """A tiny random dense model, in eval mode, with weights large enough for attention to matter."""
-    return copy.deepcopy(_dense(variant, seed, dtype, kernel, tuple(changes.items())))
+    return _dense(variant, seed, dtype, kernel, tuple(changes.items())).copied()
 
 
 @functools.cache
 def _dense(
     variant: str, seed: int, dtype: torch.dtype, kernel: str | None, changes: tuple[tuple[str, Any], ...]
-) -> Any:
+) -> Original:
     model_type, settings = VARIANTS[variant]
     config = AutoConfig.for_model(model_type, **{**settings, **dict(changes)})
     model = AutoModelForCausalLM.from_config(
@@ -127,21 +128,21 @@ def _dense(
                 weight.copy_(0.2 * values)
             else:
                 weight.copy_((0.0 if name.endswith("bias") else 1.0) + 0.1 * values)
-    return model.to(dtype).eval()
+    return Original(model.to(dtype).eval())
 
 
 def mod_model(
     variant: str = "llama", config: MoDConfig | None = None, *, seed: int = 0, spread: float = 1.5, **options: Any
 ) -> Any:
     """A tiny MoD model whose scores are spread around a half."""
-    return copy.deepcopy(_mod(variant, config or MoDConfig(), seed, spread, tuple(options.items())))
+    return _mod(variant, config or MoDConfig(), seed, spread, tuple(options.items())).copied()
 
 
 @functools.cache
-def _mod(variant: str, config: MoDConfig, seed: int, spread: float, options: tuple[tuple[str, Any], ...]) -> Any:
+def _mod(variant: str, config: MoDConfig, seed: int, spread: float, options: tuple[tuple[str, Any], ...]) -> Original:
     model = convert(dense_model(variant, seed=seed, **dict(options)), config)
     scatter_routers(model, spread, seed)
-    return model
+    return Original(model)
 
 
 def scatter_routers(model: Any, spread: float = 1.5, seed: int = 0) -> None:
@@ -166,19 +167,19 @@ def tokens(batch: int = 1, length: int = 14, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def safe_threshold(model: Any, ids: Tensor, near: float = 0.5, reach: float = 0.08, **call: Any) -> float:
+def safe_threshold(model: Any, ids: Tensor, near: float = 0.5, reach: float = 0.08, **call: Tensor) -> float:
     """The p around ``near`` that is farthest from every score, so that rounding can't flip a decision.
 
     Decisions in one layer move the scores of the next, so every candidate is tried.
     """
-    best, widest = near, -1.0
-    for p in torch.linspace(near - reach, near + reach, 4).tolist():
-        out = model(ids, p=p, output_router_scores=True, use_cache=False, **call)
-        margin = min((scores - p).abs().min().item() for scores in out.router_scores)
-        if margin > widest:
-            best, widest = p, margin
+    tried = torch.linspace(near - reach, near + reach, 4, device=ids.device)
+    together = {name: value.repeat(len(tried), 1) for name, value in call.items()}
+    p = tried.repeat_interleave(len(ids))  # each row its own
+    out = model(ids.repeat(len(tried), 1), p=p, output_router_scores=True, use_cache=False, **together)
+    margins = (torch.stack(out.router_scores).float() - p[:, None]).abs().transpose(0, 1)
+    widest, best = margins.reshape(len(tried), -1).amin(1).max(0)
     assert widest > 1e-5, "no threshold is clear of every score"
-    return best
+    return float(tried[best])
 
 
 def padded(rows: Sequence[Tensor], side: str) -> dict[str, Tensor]:

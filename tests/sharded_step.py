@@ -1,21 +1,14 @@
-"""A few training steps of a MoD model sharded by FSDP2 over two CPU processes; run by test_scale.py.
-
-    python -m torch.distributed.run --nproc_per_node 2 tests/sharded_step.py OUT.pt
-"""
+"""A few training steps of a MoD model, sharded by FSDP2 over CPU processes or whole; for test_scale.py."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from builders import dense_model, tokens
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from builders import dense_model, tokens
 
 from modification import MoDConfig, convert
 from modification.conversion.objectives import draw_thresholds, load_penalty, next_token_loss, row_loads
@@ -47,7 +40,8 @@ def fresh() -> torch.nn.Module:
     return convert(dense, MoDConfig()).train()
 
 
-def main() -> None:
+def shard(out: Path) -> None:
+    """The steps in each of several processes; the first writes what was found."""
     dist.init_process_group("gloo")
     rank, model = dist.get_rank(), fresh()
     for layer in model.model.layers:
@@ -59,9 +53,5 @@ def main() -> None:
     sizes = sum(weight.to_local().numel() for weight in model.parameters())
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
-        torch.save({"losses": losses / dist.get_world_size(), "local": sizes, "weights": weights}, sys.argv[1])
+        torch.save({"losses": losses / dist.get_world_size(), "local": sizes, "weights": weights}, out)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import assert_close, mod_model, tokens
+from builders import DEPTH, assert_close, mod_model, tokens
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
@@ -20,7 +20,7 @@ from modification.measure.onpaper import on_paper
 # What attention kernels take for themselves, whatever the model's size.
 SCRATCH = 1.3e6
 TOKENS = 2500  # a whole chunk and a part of one
-SIZES = {"hidden_size": 256, "max_position_embeddings": 4096}
+SIZES = {"hidden_size": 256, "max_position_embeddings": 4096, "num_hidden_layers": 3}
 
 
 def peak(work):
@@ -38,9 +38,9 @@ def peak(work):
 @pytest.mark.parametrize(("variant", "sizes"), [
     ("phi3", {**SIZES, "intermediate_size": 1024}),
     ("mistral-window", {**SIZES, "intermediate_size": 1024, "sliding_window": 300}),
-    ("gemma2-window", {**SIZES, "head_dim": 64}),
-    ("gpt2", {"n_embd": 256, "n_positions": 4096, "n_inner": 1024}),
-    ("bloom", {"hidden_size": 256}),
+    ("gemma2-window", {**SIZES, "num_hidden_layers": DEPTH, "head_dim": 64}),
+    ("gpt2", {"n_embd": 256, "n_positions": 4096, "n_inner": 1024, "n_layer": 3}),
+    ("bloom", {"hidden_size": 256, "n_layer": 3}),
     ("falcon-alibi", {**SIZES, "ffn_hidden_size": 1024}),
     ("mixtral", {**SIZES, "intermediate_size": 512}),
     ("qwen2_moe", {**SIZES, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 256}),
@@ -63,13 +63,15 @@ def as_on_a_gpu(model):
     return run
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("variant", "sizes"), [
-    ("llama", {**SIZES, "intermediate_size": 1024}),
-    ("mistral", {**SIZES, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}),
-    ("qwen3", {**SIZES, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}),
+@pytest.mark.parametrize(("variant", "dtype", "sizes"), [
+    ("llama", torch.float32, {**SIZES, "intermediate_size": 1024}),
+    ("llama", torch.bfloat16, {**SIZES, "intermediate_size": 1024}),
+    ("mistral", torch.float32, {**SIZES, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}),
+    ("qwen3", torch.bfloat16, {
+        **SIZES, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64,
+    }),
 ])
-def test_estimated_activations_are_what_the_allocator_gives_the_fast_executor(variant, sizes, dtype):
+def test_estimated_activations_are_what_the_allocator_gives_the_fast_executor(variant, dtype, sizes):
     """As a GPU runs it, a chunk whole; keys and values lie in rooms of their own, which are not the allocator's."""
     model = mod_model(variant, dtype=dtype, **sizes)
     run = as_on_a_gpu(model)

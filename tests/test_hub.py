@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
-from builders import REPO, tiny_tokenizer
+from builders import tiny_tokenizer
 from hub_stand_in import StandIn
 from transformers import LlamaConfig, LlamaForCausalLM
+from warm import Forked, python
 
 from modification import MoDConfig, convert
 
 TOKEN = "hf_" + "s3cret" * 6
-# Not the interpreter's own end: that kills threads amid C++ code, and the process with them.
-CLOSING = "\nsys.stdout.flush(); os._exit(0)"
 OPENING = """
-import sys, logging, urllib.request, os
+import logging, urllib.request, os
 logging.basicConfig(level=logging.DEBUG)
-sys.path.insert(0, sys.argv[1])
 from modification import load
 from modification.errors import LoadError
 import modification.hub as hub
@@ -38,16 +33,22 @@ def refused():
 """
 
 
-@pytest.fixture
-def hub(tmp_path):
-    folder = tmp_path / "served"
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The folder of a model, 29 MB, and of what is not to be read."""
+    folder = tmp_path_factory.mktemp("hub") / "served"
     large = LlamaConfig(vocab_size=99, hidden_size=256, intermediate_size=6144, num_hidden_layers=3,
                         num_attention_heads=4, tie_word_embeddings=True, dtype="bfloat16")
     convert(LlamaForCausalLM(large).to(torch.bfloat16), MoDConfig()).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     (folder / "pytorch_model.bin").write_bytes(b"x" * 1000)
     (folder / "evil.py").write_text("raise SystemExit")
-    stand_in = StandIn(folder)
+    return folder
+
+
+@pytest.fixture
+def hub(served):
+    stand_in = StandIn(served)
     yield stand_in
     stand_in.close()
 
@@ -56,14 +57,10 @@ def hub(tmp_path):
 def start(hub, tmp_path):
     """Start code in a process that takes the stand-in for the Hub."""
     def go(code):
-        environment = {
-            **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
-            "HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_TOKEN": TOKEN,
-            "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
-        return subprocess.Popen(
-            [sys.executable, "-c", OPENING + textwrap.dedent(code) + CLOSING, str(REPO)], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        return Forked(
+            python, OPENING + textwrap.dedent(code), HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"),
+            HF_HUB_OFFLINE="0", HF_HUB_ETAG_TIMEOUT="2", HF_HUB_DOWNLOAD_TIMEOUT="2", HF_TOKEN=TOKEN,
+            no_proxy="127.0.0.1", HF_HUB_DISABLE_TELEMETRY="1",
         )
 
     return go
@@ -73,9 +70,7 @@ def start(hub, tmp_path):
 def child(start):
     """Run such code to its end: what it printed."""
     def go(code):
-        process = start(code)
-        printed, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-2000:]
+        printed, errors = start(code).end()
         assert TOKEN not in printed + errors
         return printed.splitlines()
 
@@ -156,10 +151,10 @@ def test_a_process_killed_in_mid_download_leaves_what_the_next_goes_on_from(star
         mode("slow")
         hub.fetch("who/model", progress=lambda here, total: print(here, flush=True))
     ''')
-    while int(killed.stdout.readline()) < 5_000_000:
+    while int(killed.line()) < 5_000_000:
         pass
-    killed.kill()
-    killed.communicate()
+    killed.process.kill()
+    killed.process.join()
     said, away, here, over = child('''
         from app.service import Limits, Service
         from app.tabs.model import opening

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from builders import ALL, REPO, assert_close, dense_model, mod_model, routers, save_folder, tiny_tokenizer, tokens
+from builders import ALL, assert_close, dense_model, mod_model, routers, save_folder, tiny_tokenizer, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
+from warm import Forked, python
 
 from modification import LoadError, MoDConfig, MoDModel, chat, load, restore
 from modification.chat import written
@@ -101,13 +101,12 @@ def test_the_auto_class_needs_the_import_and_no_remote_code(folder, tmp_path):
     assert "auto_map" not in values
     assert not list(folder.glob("*.py"))
     script = (
-        "import sys, modification; from transformers import AutoModelForCausalLM as A; "
+        "import sys; assert 'modification' not in sys.modules; import modification; "
+        "from transformers import AutoModelForCausalLM as A; "
         "m = A.from_pretrained(sys.argv[1], trust_remote_code=False); print(type(m).__name__, m.mod_config.p)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], cwd=REPO, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.stdout.split() == ["MoDLlamaForCausalLM", "0.5"], done.stderr
+    printed, errors = Forked(python, script, str(folder)).end()
+    assert printed.split() == ["MoDLlamaForCausalLM", "0.5"], errors
 
 
 def test_the_auto_config_knows_the_model_type(folder):

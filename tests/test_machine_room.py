@@ -14,8 +14,8 @@ import time
 import gradio as gr
 import httpx
 import pytest
-from builders import REPO
 from talkers import columns, talker
+from warm import Forked, python
 
 from app.errors import UserError
 from app.headless import served
@@ -25,14 +25,9 @@ from app.tape import records
 from app.web import Traffic
 
 
-def child(code: str, *arguments: str, **environment: str) -> str:
+def child(code: str, *arguments: str) -> str:
     """What a process of its own prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}", **environment},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return Forked(python, textwrap.dedent(code), *arguments).end()[0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
@@ -62,7 +57,7 @@ def test_out_of_memory_is_a_sentence_and_the_app_goes_on(tmp_path):
         print(run("long " * 16_000), flush=True)
         thread.join()
         print(beside, run("short"), service.desk.turnstile.count())
-    """, str(tmp_path / "model"), OMP_NUM_THREADS="1")
+    """, str(tmp_path / "model"))
     lines = said.splitlines()
     assert lines[0] == "12"
     assert lines[1].startswith("The machine ran out of memory and this request was given up"), said
@@ -164,7 +159,7 @@ def test_p_moves_in_a_fork_as_on_zerogpu(tmp_path):
                 break
             time.sleep(0.1)
         print(multiprocessing.active_children(), there.desk.turnstile.count())
-    """), str(tmp_path / "model"), OMP_NUM_THREADS="1")
+    """), str(tmp_path / "model"))
     assert said.splitlines() == ["True", "0.0 1.0 2005", "[] (0, 0)"]
 
 

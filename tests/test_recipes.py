@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -50,6 +51,20 @@ def run(recipe, blocks, out, variant="llama", **options):
     with torch.enable_grad():
         rows = train(model, tiny_tokenizer(), MoDConfig(), recipe, Text(blocks, blocks[:4]), out, Options(**options))
     return model, rows, json.loads((out / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def plain(blocks, tmp_path_factory):
+    """The first recipe's conversion, for whoever goes on from it or differs from it."""
+    return run(named("any-p", **SMALL), blocks, tmp_path_factory.mktemp("plain") / "out")
+
+
+@pytest.fixture(scope="module")
+def adapted(blocks, tmp_path_factory):
+    """A conversion whose low-rank change is kept as an adapter, and its folder."""
+    out = tmp_path_factory.mktemp("adapted") / "out"
+    model, rows, _ = run(named("any-p", tune="lora", **SMALL), blocks, out, keep_adapter=True)
+    return model, rows, out
 
 
 # The table
@@ -189,10 +204,9 @@ def test_lora_is_merged_into_stock_weights(variant, blocks, tmp_path):
     assert torch.linalg.matrix_rank(weights_of(model)[name] - parent[name], rtol=1e-3) <= 2
 
 
-def test_a_kept_adapter_lies_beside_an_untouched_parent_and_is_put_on_when_loaded(blocks, tmp_path):
+def test_a_kept_adapter_lies_beside_an_untouched_parent_and_is_put_on_when_loaded(blocks, adapted):
     """The files hold the parent's weights; what loads is the tuned model."""
-    out, parent = tmp_path / "out", weights_of(dense_model("llama"))
-    model, rows, _ = run(named("any-p", tune="lora", **SMALL), blocks, out, keep_adapter=True)
+    (model, rows, out), parent = adapted, weights_of(dense_model("llama"))
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
     assert all(torch.equal(parent[name], value) for name, value in weights_of(model).items())
     again, _ = load(out)
@@ -201,10 +215,9 @@ def test_a_kept_adapter_lies_beside_an_untouched_parent_and_is_put_on_when_loade
 
 
 @pytest.mark.parametrize("harm", ["half", "other", "pattern"])
-def test_an_adapter_that_is_not_whole_is_refused(blocks, tmp_path, harm):
+def test_an_adapter_that_is_not_whole_is_refused(adapted, tmp_path, harm):
     """Half of its tensors, another model's, or targets that only a search through all names would find."""
-    out = tmp_path / "out"
-    run(named("any-p", tune="lora", **SMALL), blocks, out, keep_adapter=True)
+    out = shutil.copytree(adapted[-1], tmp_path / "out")
     weights, config = out / "adapter" / "adapter_model.safetensors", out / "adapter" / "adapter_config.json"
     held = load_file(weights)
     if harm == "pattern":
@@ -224,11 +237,11 @@ def test_a_teacher_of_another_vocabulary_is_refused(blocks, tmp_path):
         )
 
 
-def test_a_mod_model_goes_on_beside_its_dense_parent(blocks, tmp_path):
+def test_a_mod_model_goes_on_beside_its_dense_parent(blocks, plain, tmp_path):
     """From its own weights and settings, its dial taken off meanwhile; without the parent it is refused."""
     recipe = named("any-p", **SMALL)
     text = Text(blocks, blocks[:4])
-    model, first, _ = run(recipe, blocks, tmp_path / "first")
+    model, first, _ = copy.deepcopy(plain)
     dial = model.mod_config.dial
     for other, teacher, sentence in (
         (recipe, None, "give that as the teacher"), (recipe, mod_model("llama"), "give that as the teacher"),
@@ -258,7 +271,7 @@ HAS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this tor
 )
 def test_options_of_a_recipe_train(changes, blocks, tmp_path):
     """Losses are finite, logged and fall."""
-    run(named("any-p", **{**SMALL, "tokens": 24 * 4 * 16}, **changes), blocks, tmp_path / "out")
+    run(named("any-p", **{**SMALL, "tokens": 20 * 4 * 16}, **changes), blocks, tmp_path / "out")
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(float(entry["loss"])) for entry in log)
     assert log[-1]["cross_entropy"] < log[0]["cross_entropy"]
@@ -270,7 +283,7 @@ def test_compiling_changes_no_curve(blocks, tmp_path):
     """With blocks, teacher and loss compiled, the log's losses are the same."""
     logs = []
     for compiled in (False, True):
-        recipe = named("any-p", **{**SMALL, "tokens": 24 * 4 * 16})
+        recipe = named("any-p", **{**SMALL, "tokens": 20 * 4 * 16})
         run(recipe, blocks, tmp_path / str(compiled), compile=compiled)
         logs.append([json.loads(line) for line in (tmp_path / str(compiled) / "log.jsonl").read_text().splitlines()])
     for ours, theirs in zip(*logs, strict=True):
@@ -307,7 +320,7 @@ def test_muon_goes_on_from_its_saved_state():
 @HAS_MUON
 def test_a_run_by_muon_resumes_to_the_same_weights(blocks, tmp_path, monkeypatch):
     """Those of a run that was never stopped: its state goes through Trainer's checkpoint."""
-    recipe = named("any-p", **{**SMALL, "tokens": 24 * 4 * 16}, optimizer="muon")
+    recipe = named("any-p", **{**SMALL, "tokens": 16 * 4 * 16}, optimizer="muon")
     whole, _, _ = run(recipe, blocks, tmp_path / "whole", save_steps=8)
 
     class StopsAtStep12(training.ProgressBar):
@@ -333,15 +346,13 @@ def _muon(model):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
 
 
-def test_checkpointed_activations_change_no_weight(blocks, tmp_path):
+@pytest.mark.parametrize("variant", ["llama", "bloom"])
+def test_checkpointed_activations_change_no_weight(variant, blocks, plain, tmp_path):
     """Recomputing gives what keeping gives, for models that hand no keywords to their layers too."""
-    for variant in ("llama", "bloom"):
-        models = [
-            run(named("any-p", **SMALL, **change), blocks, tmp_path / f"{variant}{at}", variant)[0]
-            for at, change in enumerate(({}, {"checkpoint_activations": True}))
-        ]
-        for ours, theirs in zip(*(model.state_dict().values() for model in models), strict=True):
-            assert_close(ours, theirs)
+    kept, *_ = plain if variant == "llama" else run(named("any-p", **SMALL), blocks, tmp_path / "kept", variant)
+    model, *_ = run(named("any-p", **SMALL, checkpoint_activations=True), blocks, tmp_path / "out", variant)
+    for ours, theirs in zip(model.state_dict().values(), kept.state_dict().values(), strict=True):
+        assert_close(ours, theirs)
 
 
 # Without training

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +14,13 @@ import torch
 from builders import REPO, assert_close, dense_model, save_folder
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from warm import Forked, together
 
-from app.headless import free_port
 from modification.cli import main
 from modification.conversion import checks
 from modification.conversion import train as training
 
 SETTINGS = ["--tokens", "2560", "--block", "16", "--batch", "8", "--save-steps", "5", "--lr", "0.002"]
-ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +29,7 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scale")
     save_folder(dense_model("llama"), folder / "parent")
     noise = random.Random(0)
-    stories = ["".join(noise.choices("abcdefgh", k=12)) * 8 for _ in range(60)]
+    stories = ["".join(noise.choices("abcdefgh", k=12)) * 8 for _ in range(30)]
     (folder / "text.txt").write_text("<|endoftext|>".join(stories))
     return folder
 
@@ -44,19 +38,6 @@ def command(work, out, *more):
     """convert's own words."""
     return ["--threads", "1", "convert", str(work / "parent"), str(out), "--data", str(work / "text.txt"), *SETTINGS,
             *more]
-
-
-def processes(count):
-    """What launches several processes on this machine."""
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_addr",
-            "127.0.0.1", "--master_port", str(free_port())]
-
-
-def finish(words):
-    """Run to the end; its output if it failed."""
-    done = subprocess.run(words, env=ALONE, capture_output=True, text=True, timeout=300, cwd=REPO)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done
 
 
 def convert(*words):
@@ -85,53 +66,46 @@ def assert_same_weights(ours, theirs):
 
 
 VARIANTS = {
-    "accumulated": ["--accumulate", "2"], "lora": ["--tune", "lora"], "mixed": ["--reweight", "--shares", "0.7,0.3"],
-    "responses": ["--responses"],
+    "plain": [], "lora-mixed": ["--tune", "lora", "--reweight", "--shares", "0.7,0.3"],
+    "responses-accumulated": ["--responses", "--accumulate", "2"],
 }
 
 
 def variant_of(work, variant, out):
     """The words of such a conversion."""
-    rows = [{"prompt": "ijkl" * (at % 30), "response": "mnop" * (30 - at % 30)} for at in range(60)]
+    rows = [{"prompt": "ijkl" * at, "response": "mnop" * (30 - at)} for at in range(30)]
     (told := work / "told.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = command(work, out, *VARIANTS[variant])
-    if variant == "mixed":
+    if "mixed" in variant:
         words += ["--data", str(told)]
-    if variant == "responses":
+    if "responses" in variant:
         words[words.index("--data") + 1] = str(told)
     return words
 
 
-def test_two_processes_are_one(work, whole):
-    """Under DDP (gloo): each row draws the same p, and losses, loads and weights are those of one process."""
-    out = work / "two"
-    finish([*processes(2), "-m", "modification", *command(work, out)])
-    assert json.loads((out / "report.json").read_text())["distributed"] == "MULTI_CPU"
-    assert len(log_of(out)) == len(log_of(whole)) == 2
-    for ours, theirs in zip(log_of(out), log_of(whole), strict=True):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_are_one(variant, work, whole):
+    """Under DDP (gloo): each row draws the same p, and losses, loads and weights are those of one process.
+
+    A low-rank change too, with rows that are weighted as it goes; and rows with little to learn, in several passes.
+    """
+    if "lora" in variant:
+        pytest.importorskip("peft")
+    two, one = work / f"two-{variant}", whole if variant == "plain" else work / f"one-{variant}"
+    together(main, variant_of(work, variant, two))
+    if variant != "plain":
+        convert(*variant_of(work, variant, one))
+    assert json.loads((two / "report.json").read_text())["distributed"] == "MULTI_CPU"
+    assert len(log_of(two)) == len(log_of(one)) == 2
+    for ours, theirs in zip(log_of(two), log_of(one), strict=True):
         for name in ("loss", "cross_entropy", "kl", "load_penalty", "load", "layer_loads", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
-    assert_same_weights(out, whole)
-
-
-def test_two_processes_are_one_however_it_is_trained(work):
-    """Gradients of several passes, a low-rank change; rows that are weighted as it goes, or have little to learn."""
-    able = [variant for variant in VARIANTS if variant != "lora" or importlib.util.find_spec("peft")]
-    two, one = ({variant: work / f"{count}-{variant}" for variant in able} for count in (2, 1))
-    (asked := work / "two.json").write_text(json.dumps([variant_of(work, *each) for each in two.items()]))
-    finish([sys.executable, "tests/several_conversions.py", str(asked)])
-    for variant in able:
-        convert(*variant_of(work, variant, one[variant]))
-        assert json.loads((two[variant] / "report.json").read_text())["distributed"] == "MULTI_CPU"
-        for ours, theirs in zip(log_of(two[variant]), log_of(one[variant]), strict=True):
-            for name in ("loss", "load", "layer_loads", "grad_norm"):
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), variant
-        assert_same_weights(two[variant], one[variant])
+    assert_same_weights(two, one)
 
 
 def test_sharded_processes_are_one(tmp_path, gradients):
     """Under FSDP2 (gloo): each holds a part of the weights, and losses and weights are those of one process."""
-    finish([*processes(2), "tests/sharded_step.py", str(tmp_path / "found.pt")])
+    together(sharded_step.shard, tmp_path / "found.pt")
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     model = sharded_step.fresh()
     losses = sharded_step.steps(model, slice(None))
@@ -146,17 +120,16 @@ def test_a_run_killed_at_any_step_and_resumed_is_one_that_was_not(seed, work, wh
     """SIGKILL at a random step; resumed, it has lost at most one interval of checkpoints and ends the same."""
     out = work / f"killed{seed}"
     at = random.Random(seed).uniform(0.2, 0.9)
-    process = subprocess.Popen([sys.executable, "-m", "modification", *command(work, out)], env=ALONE, cwd=REPO,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Forked(main, command(work, out)).process
     checkpoints = out / "checkpoints"
     wanted = 1 + int(at * 3)
     end = time.monotonic() + 240
-    while process.poll() is None and _steps(checkpoints) < 5 * wanted:
+    while process.is_alive() and _steps(checkpoints) < 5 * wanted:
         assert time.monotonic() < end
         time.sleep(0.005)
     time.sleep(random.Random(seed).uniform(0, 0.05))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (out / "report.json").exists()
     reached = _steps(checkpoints)
     assert reached >= 5
@@ -171,25 +144,25 @@ class Died(BaseException):
     """What no code foresees, as a kill."""
 
 
-@pytest.mark.parametrize("what", ["model", "tokenizer"])
-def test_a_run_that_dies_while_it_writes_leaves_no_half_model(what, work, whole, tmp_path, monkeypatch, gradients):
-    """No file of the model is there until all are; resumed, it ends the same."""
-    out, kind = tmp_path / "out", PreTrainedModel if what == "model" else PreTrainedTokenizerBase
-    real = kind.save_pretrained
+def test_a_run_that_dies_while_it_writes_leaves_no_half_model(work, whole, tmp_path, monkeypatch, gradients):
+    """No file of the model is there until all are; resumed, and dead once more, it ends the same."""
+    out = tmp_path / "out"
+    for kind, more in ((PreTrainedModel, ()), (PreTrainedTokenizerBase, ("--resume",))):
+        real = kind.save_pretrained
 
-    def half(self, folder, *args, **kwargs):
-        if "checkpoint-" in str(folder):
-            return real(self, folder, *args, **kwargs)
-        Path(folder, "model.safetensors").write_bytes(b"half")
-        raise Died
+        def half(self, folder, *args, real=real, **kwargs):
+            if "checkpoint-" in str(folder):
+                return real(self, folder, *args, **kwargs)
+            Path(folder, "model.safetensors").write_bytes(b"half")
+            raise Died
 
-    with monkeypatch.context() as dying:
-        dying.setattr(kind, "save_pretrained", half)
-        with pytest.raises(Died):
-            main(command(work, out))
-    assert not (out / "model.safetensors").exists()
-    assert not (out / "report.json").exists()
-    assert _steps(out / "checkpoints") > 0
+        with monkeypatch.context() as dying:
+            dying.setattr(kind, "save_pretrained", half)
+            with pytest.raises(Died):
+                main(command(work, out, *more))
+        assert not (out / "model.safetensors").exists()
+        assert not (out / "report.json").exists()
+        assert _steps(out / "checkpoints") > 0
     assert main(command(work, out, "--resume")) == 0
     assert not (out / "partial").exists()
     assert_same_weights(out, whole)
