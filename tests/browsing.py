@@ -1,6 +1,8 @@
 """The app in headless Chromium: a server, visitors, and what they look at."""
 
+import contextlib
 import time
+from urllib.parse import urljoin
 
 import pytest
 from builders import REPO
@@ -14,29 +16,48 @@ IN_A_BROWSER = [
     pytest.mark.skipif(not chromium(), reason="Chromium is not installed (Debian: apt-get install chromium)"),
 ]
 STORY = "Write a bedtime story called `The Lantern in the Snow`."
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
-class visitor:
-    def __init__(self, browser, url, **options):
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-        self.page, self.errors = self.context.new_page(), []
-        self.page.on("pageerror", lambda error: self._note(str(error)))
-        self.page.on("console", lambda message: message.type == "error" and self._note(message.text))
-        self.page.goto(url)
-        self.page.wait_for_selector("#generate")
-        wait_until(lambda: columns(self.page) > 50)  # the recorded example: scripts are at work
+@contextlib.contextmanager
+def visitor(browser, url):
+    """Somebody with a browser of their own."""
+    with browser.new_context() as context, visiting(context.new_page(), url) as page:
+        yield page
+        page.close()  # whatever it is at
 
-    def _note(self, error):
+
+@contextlib.contextmanager
+def visiting(window, url, size=DESKTOP):
+    """Somebody who comes to the page in a window that may have been another's, of whom nothing is left but the scripts
+    that were fetched and compiled; an error that the page logs is a failure, and so is a dialog."""
+    errors = []
+
+    def note(error):
         # Gradio aborts its own stream when a page is left.
         if "AbortError" not in error and "Connection errored out" not in error:
-            self.errors.append(error)
+            errors.append(error)
 
-    def __enter__(self):
-        return self.page
-
-    def __exit__(self, *failure):
-        self.context.close()
-        assert failure[0] or not self.errors, self.errors
+    listeners = {
+        "pageerror": lambda error: note(str(error)),
+        "console": lambda message: message.type == "error" and note(message.text),
+        "dialog": lambda dialog: (note(f"a dialog: {dialog.message}"), dialog.dismiss()),
+    }
+    for event, listener in listeners.items():
+        window.on(event, listener)
+    try:
+        window.set_viewport_size(size)
+        window.goto(url)
+        window.wait_for_selector("#generate")
+        wait_until(lambda: columns(window) > 50)  # the recorded example: scripts are at work
+        yield window
+    finally:
+        if not window.is_closed():
+            window.goto(urljoin(url, "/health"))
+            window.evaluate("localStorage.clear(), sessionStorage.clear()")
+        for event, listener in listeners.items():
+            window.remove_listener(event, listener)
+    assert not errors, errors
 
 
 def wait_until(holds, seconds=60):

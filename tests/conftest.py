@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,13 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("modification", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("modification")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled():
+    """What is there already, the packages above all, is not gone through each time that garbage is collected."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -72,10 +80,17 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-@pytest.fixture
-def page(browser, url) -> Iterator[Any]:
-    """A fresh visitor on the page; the test fails if the page logs an error."""
-    from browsing import visitor
+@pytest.fixture(scope="session")
+def window(browser) -> Iterator[Any]:
+    """A window for one visitor after another."""
+    with browser.new_context() as context:
+        yield context.new_page()
 
-    with visitor(browser, f"{url}/?new_tokens=1500") as seen:  # long enough to be met under way
+
+@pytest.fixture
+def page(window, url) -> Iterator[Any]:
+    """A fresh visitor on the page; the test fails if the page logs an error."""
+    from browsing import visiting
+
+    with visiting(window, f"{url}/?new_tokens=1500") as seen:  # long enough to be met under way
         yield seen

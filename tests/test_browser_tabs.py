@@ -8,6 +8,7 @@ import pytest
 from browsing import (
     IN_A_BROWSER,
     MODELS,
+    PHONE,
     STORY,
     columns,
     drawn,
@@ -19,6 +20,7 @@ from browsing import (
     start,
     status,
     tab,
+    visiting,
     visitor,
     wait_until,
 )
@@ -68,7 +70,8 @@ def answers(page):
 
 
 def test_two_models_answer_side_by_side_each_with_its_figures(page):
-    """Speed, first token, load and cache under each answer; the MoD side did less; the parting is marked."""
+    """Speed, first token, load and cache under each answer; the MoD side did less; the parting is marked; the next turn
+    runs its new tokens alone."""
     say(page, STORY)
     left, right = page.locator(".talk-figures").all_inner_texts()
     for text in (left, right):
@@ -78,11 +81,6 @@ def test_two_models_answer_side_by_side_each_with_its_figures(page):
     assert "load 100%" not in right
     assert page.locator("[data-name='0']").inner_text().endswith("every layer")
     assert re.search("part after|differ from|same", page.locator(".talk-note").last.inner_text())
-
-
-def test_the_next_turn_runs_its_new_tokens_alone(page):
-    """What was said is in the caches."""
-    say(page, STORY)
     send(page, "And then?")
     figures = page.locator(".talk-figures").all_inner_texts()
     first, second = (int(re.search(r"(\d+) prompt tokens", text)[1]) for text in (figures[0], figures[2]))
@@ -157,17 +155,17 @@ def test_a_sweep_draws_its_curves_and_hands_its_p_to_explore(page):
     wait_until(lambda: page.locator("#p input[type=number]").input_value() == best)
 
 
-@pytest.mark.parametrize(("text", "grid", "sentence"), [
-    ("", "0.5", "prompt is empty"), ("Too short.", "0.5", "at least 32"), (TEXT, "0.5, two", "'0.5, two'"),
-    (TEXT, "1.5", "from 0 to 1"),
-])
-def test_a_bad_sweep_is_a_sentence(page, text, grid, sentence):
+def test_a_bad_sweep_is_a_sentence(page):
     """Each says what to do."""
     tab(page, "Sweep")
-    page.locator("#sweep-text textarea").fill(text)
-    page.locator("#sweep-grid input, #sweep-grid textarea").fill(grid)
-    page.click("#sweep-go")
-    wait_until(lambda: sentence in line(page, "sweep-status"))
+    for text, grid, sentence in (
+        ("", "0.5", "prompt is empty"), ("Too short.", "0.5", "at least 32"), (TEXT, "0.5, two", "'0.5, two'"),
+        (TEXT, "1.5", "from 0 to 1"),
+    ):
+        page.locator("#sweep-text textarea").fill(text)
+        page.locator("#sweep-grid input, #sweep-grid textarea").fill(grid)
+        page.click("#sweep-go")
+        wait_until(lambda sentence=sentence: sentence in line(page, "sweep-status"))
 
 
 def test_a_benchmark_measures_the_pair(page):
@@ -215,18 +213,19 @@ def test_a_model_is_weighed_loaded_and_described(page):
     wait_until(lambda: "any-p recipe" in page.locator("#model-card").text_content())
 
 
-@pytest.mark.parametrize(("source", "sentence"), [
-    ("/no/such/folder", "neither a folder here nor a Hub id"), ("<b>x</b>", "neither a folder here nor a Hub id"),
-    ("nobody/no-such-model", "nobody/no-such-model"),
-])
-def test_a_model_that_cannot_be_loaded_is_a_sentence(page, source, sentence):
+def test_a_model_that_cannot_be_loaded_is_a_sentence(page):
     """In the tab, as text, and the page goes on."""
     tab(page, "Model")
-    page.locator("#source input").fill(source)
-    page.locator("#source input").press("Enter")
-    page.click("#model-load")
-    wait_until(lambda: sentence in line(page, "model-status"))
-    assert not page.locator("#model-status b").count()
+    for source, sentence in (
+        ("/no/such/folder", "'/no/such/folder' is neither a folder here nor a Hub id"),
+        ("<b>x</b>", "'<b>x</b>' is neither a folder here nor a Hub id"),
+        ("nobody/no-such-model", "nobody/no-such-model"),
+    ):
+        page.locator("#source input").fill(source)
+        page.locator("#source input").press("Enter")
+        page.click("#model-load")
+        wait_until(lambda sentence=sentence: sentence in line(page, "model-status"))
+        assert not page.locator("#model-status b").count()
 
 
 def test_a_conversion_is_estimated_watched_and_opened(page, tmp_path):
@@ -308,16 +307,26 @@ def test_a_chat_goes_by_keyboard_alone(page):
     assert page.evaluate("document.activeElement.id") == "chat-stop"
 
 
-@pytest.mark.parametrize("name", TABS)
-def test_axe_finds_nothing_serious_on_a_phone(browser, url, name):
-    """390 px wide, each tab as it opens."""
+def test_no_tab_scrolls_sideways_on_a_phone_and_axe_finds_nothing_serious(window, url):
+    """390 px wide, each tab as it opens; a figure that is wider scrolls in its own box."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    with visitor(browser, url, viewport={"width": 390, "height": 844}) as page:
-        on_a_phone(page, name)
-        drawn(page)
-        found = axe.run(page).response["violations"]
-        bad = [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")]
-        assert not bad, bad
+    with visiting(window, url, PHONE) as page:
+        for name in TABS:
+            on_a_phone(page, name)
+            drawn(page)
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
+            for plot in page.locator(".js-plotly-plot:visible").all():
+                hidden = plot.evaluate("""plot => { const box = plot.parentElement;
+                    return box.scrollWidth > box.clientWidth + 1
+                        && !['auto', 'scroll'].includes(getComputedStyle(box).overflowX); }""")
+                assert not hidden, name
+            assert not serious(axe, page), name
+
+
+def serious(axe, page):
+    """What axe finds that is."""
+    found = axe.run(page).response["violations"]
+    return [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")]
 
 
 def on_a_phone(page, name):
@@ -329,10 +338,10 @@ def on_a_phone(page, name):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_serious_on_any_tab(browser, url, theme):
+def test_axe_finds_nothing_serious_on_any_tab(window, url, theme):
     """Names, roles and contrast, with figures on show."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    with visitor(browser, f"{url}/?__theme={theme}") as page:
+    with visiting(window, f"{url}/?__theme={theme}") as page:
         page.locator(".mod-story [data-column='40']").click()
         say(page, "Hello.", tokens=8)
         tab(page, "Sweep")
@@ -347,28 +356,12 @@ def test_axe_finds_nothing_serious_on_any_tab(browser, url, theme):
             tab(page, name)
             page.wait_for_timeout(700)
             drawn(page)
-            found = axe.run(page).response["violations"]
-            bad = [(v["id"], v["impact"], v["nodes"][0]["html"][:200]) for v in found
-                   if v["impact"] in ("serious", "critical")]
-            assert not bad, (name, bad)
+            assert not serious(axe, page), name
 
 
-@pytest.mark.parametrize("name", TABS)
-def test_no_tab_scrolls_sideways_on_a_phone(browser, url, name):
-    """390 px wide; a figure that is wider scrolls in its own box."""
-    with visitor(browser, url, viewport={"width": 390, "height": 844}) as page:
-        on_a_phone(page, name)
-        drawn(page)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        for plot in page.locator(".js-plotly-plot:visible").all():
-            hidden = plot.evaluate("""plot => [plot.parentElement].filter(box => box.scrollWidth > box.clientWidth + 1
-                && !['auto', 'scroll'].includes(getComputedStyle(box).overflowX)).length""")
-            assert not hidden
-
-
-def test_two_visitors_with_two_dials_do_not_meet(browser, url):
+def test_two_visitors_with_two_dials_do_not_meet(window, browser, url):
     """One closes its layers while the other runs them all."""
-    with visitor(browser, f"{url}/?new_tokens=150") as one, visitor(browser, f"{url}/?new_tokens=150") as other:
+    with visiting(window, f"{url}/?new_tokens=150") as one, visitor(browser, f"{url}/?new_tokens=150") as other:
         set_p(one, 0)
         set_p(other, 1)
         for page in (one, other):
@@ -380,12 +373,11 @@ def test_two_visitors_with_two_dials_do_not_meet(browser, url):
         assert columns(one) > 30
 
 
-def test_a_reload_in_mid_run_frees_the_model(browser, url):
+def test_a_reload_in_mid_run_frees_the_model(page):
     """The page comes back with its example, and the next run starts at once."""
-    with visitor(browser, f"{url}/?new_tokens=1500") as page:
-        start(page)
-        page.reload()
-        page.wait_for_selector("#generate")
-        wait_until(lambda: columns(page) > 50 and "recorded" in status(page))
-        start(page)
-        page.click("#stop")
+    start(page)
+    page.reload()
+    page.wait_for_selector("#generate")
+    wait_until(lambda: columns(page) > 50 and "recorded" in status(page))
+    start(page)
+    page.click("#stop")

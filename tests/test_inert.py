@@ -6,7 +6,7 @@ import json
 from urllib.parse import urlencode
 
 import pytest
-from browsing import IN_A_BROWSER, columns, visitor, wait_until
+from browsing import IN_A_BROWSER, columns, visiting, wait_until
 from talkers import talker
 
 from app.headless import served
@@ -41,13 +41,6 @@ def hostile(tmp_path_factory):
         yield address
 
 
-@pytest.fixture
-def page(browser, hostile):
-    with visitor(browser, hostile) as seen:
-        seen.on("dialog", lambda dialog: pytest.fail(f"a dialog: {dialog.message}"))
-        yield seen
-
-
 def inert(page) -> None:
     """Nothing ran, and nothing of a payload became an element."""
     page.wait_for_timeout(300)
@@ -60,7 +53,20 @@ def open_tab(page, name):
     page.get_by_role("tab", name=name, exact=True).click()
 
 
-def test_prompts_and_tokens_are_text(page):
+def test_what_strangers_write_stays_text(window, hostile, tmp_path):
+    """On one page, so that one app will do; then what a link carries, and what lies in the browser's memory."""
+    with visiting(window, hostile) as page:
+        traces_are_text(page, tmp_path)
+        prompts_and_tokens_are_text(page)
+        cards_and_names_are_inert(page)
+        chats_are_inert(page)
+    link = urlencode({"prompt": PAYLOADS[1], "model": PAYLOADS[2], "p": PAYLOADS[0]})
+    with visiting(window, f"{hostile}/?{link}") as page:
+        assert page.locator("#prompt textarea").input_value() == PAYLOADS[1]
+        inert(page)
+
+
+def prompts_and_tokens_are_text(page):
     """The story, the heatmap's labels and the inspector show what was typed, as it was typed."""
     page.locator("#prompt textarea").fill(ALL[:1500])
     page.click("#generate")
@@ -70,7 +76,7 @@ def test_prompts_and_tokens_are_text(page):
     inert(page)
 
 
-def test_traces_are_text(page, tmp_path):
+def traces_are_text(page, tmp_path):
     """Titles, token texts and likely tokens of a file that somebody sends."""
     step = {"tokens": [1], "logprobs": [-0.1], "scores": [[0.5], [0.5]], "routed": [[1], [0]], "p": 0.5,
             "kv": [1, 1, 2], "seconds": 0.1, "prefill": False, "likely": [[1, -0.1], [2, -0.2]]}
@@ -89,7 +95,7 @@ def test_traces_are_text(page, tmp_path):
     inert(page)
 
 
-def test_cards_and_names_are_inert(page):
+def cards_and_names_are_inert(page):
     """A model's card, its folder's name, and what the page says of both."""
     open_tab(page, "Model")
     page.click("#model-load")
@@ -99,18 +105,10 @@ def test_cards_and_names_are_inert(page):
     inert(page)
 
 
-def test_chats_are_inert(page):
+def chats_are_inert(page):
     """Messages and answers on both sides."""
     open_tab(page, "Chat")
     page.locator("#chat-message textarea").fill(ALL[:600])
     page.click("#chat-send")
     wait_until(lambda: "Done" in page.locator("#chat-status").inner_text())
     inert(page)
-
-
-def test_links_and_kept_settings_are_inert(browser, hostile):
-    """What a link carries, and what lies in the browser's memory."""
-    link = urlencode({"prompt": PAYLOADS[1], "model": PAYLOADS[2], "p": PAYLOADS[0]})
-    with visitor(browser, f"{hostile}/?{link}") as page:
-        assert page.locator("#prompt textarea").input_value() == PAYLOADS[1]
-        inert(page)

@@ -113,9 +113,13 @@ def test_odd_values_get_sentences(service, name):
 
 
 @pytest.fixture(scope="module")
-def address(service):
+def demo(service):
+    return ui.build(service)
+
+
+@pytest.fixture(scope="module")
+def address(service, demo):
     """The app over HTTP, as `python app.py` serves it."""
-    demo = ui.build(service)
     _, url, _ = demo.launch(
         server_port=None, prevent_thread_lock=True, quiet=True, max_file_size=service.limits.file_bytes,
         app_kwargs={"middleware": [Middleware(Guard, service=service, calls=Calls(demo))]},
@@ -308,12 +312,12 @@ def uploaded(path: str) -> dict:
     "http://127.0.0.1:9/bomb", "https://example.com/x.json", "HTTP://x", "/etc/passwd", "", "a\0b", "x" * 5000,
     f"{get_upload_folder()}/../../etc/passwd", "file:///etc/passwd", 7,
 ])
-def test_a_file_in_a_call_is_one_that_was_uploaded_here(address, service, path, monkeypatch):
+def test_a_file_in_a_call_is_one_that_was_uploaded_here(address, demo, path, monkeypatch):
     """At every input that takes one; Gradio would fetch an address, however much comes from there."""
     fetched = []
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_get", lambda url: fetched.append(url))
     tried = 0
-    for number, fn in ui.build(service).fns.items():
+    for number, fn in demo.fns.items():
         for at, block in enumerate(fn.inputs):
             if type(block).__name__ == "UploadButton":
                 data = [uploaded(path) if place == at else None for place in range(len(fn.inputs))]
@@ -328,11 +332,11 @@ def test_a_file_in_a_call_is_one_that_was_uploaded_here(address, service, path, 
     assert not fetched
 
 
-def test_values_of_a_wrong_type_are_told_so_and_leave_no_text_in_the_log(address, service, capfd):
+def test_values_of_a_wrong_type_are_told_so_and_leave_no_text_in_the_log(address, demo, capfd):
     """At every input of the page that takes one sort of value; Gradio would write them there."""
     sorts, tried = ("Slider", "Number", "Checkbox", "Radio", "Dropdown", "UploadButton"), Counter()
     with httpx.Client(base_url=address, timeout=20) as client:
-        for number, fn in ui.build(service).fns.items():
+        for number, fn in demo.fns.items():
             for at, block in enumerate(fn.inputs if fn.fn else ()):  # the others run in the browser
                 if type(block).__name__ not in sorts:
                     continue
