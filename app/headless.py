@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,15 +39,24 @@ def served(*flags: str, log: IO[str] | None = None, seconds: float = 120) -> Ite
     output = subprocess.DEVNULL if log is None else log
     app = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        end = time.monotonic() + seconds
-        while not _answers(address):
-            if app.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"the app did not start: {' '.join(command)}")
-            time.sleep(0.2)
+        await_answer(address, lambda: app.poll() is None, seconds)
         yield address
     finally:
         app.terminate()
         app.wait(60)
+
+
+def await_answer(address: str, alive: Callable[[], bool], seconds: float = 120) -> None:
+    """Return when the app answers at its address.
+
+    Raises:
+        RuntimeError: its process ended, or it did not answer within ``seconds``.
+    """
+    end = time.monotonic() + seconds
+    while not _answers(address):
+        if not alive() or time.monotonic() > end:
+            raise RuntimeError(f"the app did not start at {address}")
+        time.sleep(0.2)
 
 
 def chromium() -> str | None:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import warm
 from talkers import columns, talker
 
 from app.errors import UserError
-from app.headless import served
 from app.service import Limits, Request, Service, desk
 from app.tape import Piece, Tape, records
 from benchmarks import crowd
@@ -294,7 +294,7 @@ def promised(url: str) -> float:
 
 def test_fifty_pages_over_http_get_what_each_gets_alone(folder):
     """The app as ``python app.py`` starts it; every page opens, presses Generate, and some move p, stop or leave."""
-    with served("--model", str(folder)) as url:
+    with warm.app("--model", str(folder)) as url:
         figures, got = asyncio.run(crowd.crowd(url, USERS, 60, 30, lambda: 0))
         until = time.monotonic() + 10  # those who left are taken out within a step
         while (held := promised(url)) and time.monotonic() < until:

@@ -5,6 +5,7 @@ import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import warm
 from browsing import NEEDS_MODEL
 
 pytestmark = NEEDS_MODEL
@@ -62,9 +63,6 @@ def test_bad_input_is_a_sentence(client, endpoint, arguments, sentence):
 def test_mcp_offers_the_same_four_as_tools(tmp_path):
     from mcp import ClientSession
     from mcp.client.streamable_http import streamablehttp_client
-
-    from app.headless import served
-
     async def ask(address):
         async with (
             streamablehttp_client(f"{address}/gradio_api/mcp/") as (read, write, _),
@@ -76,7 +74,7 @@ def test_mcp_offers_the_same_four_as_tools(tmp_path):
             return tools, made.content[0].text
 
     # Apart: the browser driver of other tests has a loop in this thread.
-    with served("--mcp", "--converted", str(tmp_path)) as address, ThreadPoolExecutor(1) as apart:
+    with warm.app("--mcp", "--converted", str(tmp_path)) as address, ThreadPoolExecutor(1) as apart:
         tools, text = apart.submit(asyncio.run, ask(address)).result()
     assert set(tools) == {"generate", "chat", "sweep", "estimate"}
     assert "Mixture-of-Depths" in tools["generate"]

@@ -9,9 +9,8 @@ import threading
 
 import httpx
 import pytest
+import warm
 from talkers import talker
-
-from app.headless import served
 
 
 class Sticky:
@@ -37,7 +36,7 @@ class Sticky:
         visitor = next((line[10:].strip() for line in lines if line.lower().startswith("x-visitor:")), "nobody")
         backend = self.of.setdefault(visitor, next(self.next))
         port = int(backend.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port)) as server:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as server:
             server.sendall(head)
             threading.Thread(target=self._pipe, args=(client, server), daemon=True).start()
             self._pipe(server, client)
@@ -55,7 +54,7 @@ def test_visitors_stay_with_their_replica(tmp_path):
     gradio_client = pytest.importorskip("gradio_client")
     folder = talker(tmp_path / "model", chat=True, context=512)
     flags = ("--model", str(folder), "--converted", str(tmp_path / "c"))
-    with served(*flags) as one, served(*flags) as other:
+    with warm.app(*flags) as one, warm.app(*flags) as other:
         proxy = Sticky([one.rstrip("/"), other.rstrip("/")])
         found = []
         for visitor in range(6):

@@ -5,21 +5,24 @@ What is forked has imported nothing of this project yet, and holds nothing of th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
 import multiprocessing
 import os
+import runpy
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from typing import Any
 from unittest import mock
 
 import huggingface_hub
+from builders import REPO
 
-from app.headless import free_port
+from app.headless import await_answer, free_port
 
 
 class Forked:
@@ -67,6 +70,24 @@ def python(code: str, *arguments: str) -> None:
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
 
 
+@contextlib.contextmanager
+def app(*flags: str) -> Iterator[str]:
+    """The address of the app with these flags, until the context ends."""
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    process = Forked(_app, "--port", str(port), *flags, HF_HUB_OFFLINE="1", GRADIO_ANALYTICS_ENABLED="0").process
+    try:
+        await_answer(address, process.is_alive)
+        yield address
+    finally:
+        process.terminate()
+        process.join(60)
+
+
+def _app(*flags: str) -> None:
+    sys.argv = ["app.py", *flags]
+    runpy.run_path(str(REPO / "app.py"), run_name="__main__")
+
+
 def together(work: Callable[..., Any], *arguments: Any) -> None:
     """The same in two processes, started by torch's launcher."""
     Forked(_launch, free_port(), work, *arguments).end()
@@ -89,7 +110,7 @@ def _context() -> Any:
     """Starts the process that the others are forked from: one thread, and no CUDA, which survives no fork."""
     families = sorted(name for name in sys.modules if name.startswith("transformers.models."))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.trainer", "peft", *families])
+    context.set_forkserver_preload(["transformers.trainer", "peft", "gradio", *families])
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"):
         forkserver.ensure_running()
     return context
