@@ -56,7 +56,7 @@ def make_pair(
         convert(work, text, parent, tokenizer, mod_tokens, {"parent": name})
     if not (onwards / "report.json").is_file():
         go_on(work, text, tokenizer, ONWARDS_TOKENS, {"parent": name})
-    if not (far / "model.safetensors").is_file():
+    if not (far / "tokenizer.json").is_file():  # the last of its files
         look_far(work, parent, text, tokenizer, far)
     dense, mod = ASSETS / name, ASSETS / f"{name}-MoD"
     if (mod / "facts.json").is_file():
@@ -108,6 +108,7 @@ def look_far(work: Path, parent: Path, text: Path, tokenizer: Any, out: Path) ->
     reach(model, teacher, documents, tokenizer, out / "checkpoints", FAR_STEPS)
     with written_whole(out) as aside:
         model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
 
 
 @torch.no_grad()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import make_pair
 import pytest
 import torch
 from browsing import MODELS
@@ -11,6 +14,7 @@ from mixture import CONTEXT
 from reach import reach
 from transformers import AutoTokenizer
 
+from modification import load
 from modification.conversion.calibrate import set_dial
 
 needs_the_pair = pytest.mark.skipif(not MODELS, reason="no MoD model is shipped in assets/")
@@ -106,3 +110,27 @@ def test_a_model_learns_by_them_and_a_run_goes_on_where_it_stopped(tokenizer, tm
     assert all(torch.equal(after[name], again[name]) for name in after)
     assert any(not torch.equal(after[name], before[name]) for name in after)
     assert whole.mod_config.dial == ()
+
+
+@needs_the_pair
+def test_what_the_last_stage_leaves_is_a_model_that_loads(tokenizer, tmp_path, monkeypatch, gradients):
+    """Between the first two stages' weights at first, and moved from there."""
+    monkeypatch.setattr(make_pair, "FAR_STEPS", 2)
+    monkeypatch.setattr(make_pair, "DIAL_TOKENS", 1024)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT}
+    dense_model("llama", **sizes).save_pretrained(tmp_path / "parent")
+    for seed, stage in enumerate(("mod", "mod-onwards")):
+        mod_model("llama", seed=seed, **sizes).save_pretrained(tmp_path / stage)
+        tokenizer.save_pretrained(tmp_path / stage)
+    told = [{"prompt": f"Tale {at}", "response": TOLD * 8, "split": "train"} for at in range(5)]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, told)))
+    out = tmp_path / "mod-far"
+    make_pair.look_far(tmp_path, tmp_path / "parent", tmp_path / "text.jsonl", tokenizer, out)
+    model, kept = load(out)
+    assert kept.chat_template == tokenizer.chat_template
+    moved = [
+        (later - earlier).abs().max() for earlier, later in zip(
+            make_pair.blend(tmp_path / "mod", tmp_path / "mod-onwards").parameters(), model.parameters(), strict=True
+        )
+    ]
+    assert 0 < max(moved) < 0.05
