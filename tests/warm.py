@@ -20,9 +20,8 @@ from typing import Any
 from unittest import mock
 
 import huggingface_hub
-from builders import REPO
 
-from app.headless import await_answer, free_port
+from app.headless import ROOT, await_answer, free_port
 
 
 class Forked:
@@ -85,7 +84,7 @@ def app(*flags: str) -> Iterator[str]:
 
 def _app(*flags: str) -> None:
     sys.argv = ["app.py", *flags]
-    runpy.run_path(str(REPO / "app.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "app.py"), run_name="__main__")
 
 
 def together(work: Callable[..., Any], *arguments: Any) -> None:
