@@ -1,9 +1,10 @@
-# `make app` and `make test` do all the set-up themselves, in .venv. Python compiles what is imported, on first use.
+# `make app` and `make test` do all the set-up themselves, in .venv. Python compiles what is imported on first use, and
+# keeps it, whatever the environment says: each process of the tests would compile it again.
+export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One more than there are cores: tests wait for the processes that they start.
-WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(6, os.cpu_count() + 1))")
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(6, os.cpu_count()))")
 
 .PHONY: app test check audit
 
