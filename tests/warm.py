@@ -80,6 +80,7 @@ def app(*flags: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.join(60)
+        process.kill()
 
 
 def _app(*flags: str) -> None:
